@@ -1,0 +1,61 @@
+# Everything runs in .venv, which every target makes when it is missing or older than its inputs.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+UV := 0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check static format bench readme ffcv lock clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## the virtual environment in .venv (every other target does this by itself)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "linerate needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv module is missing; bring it with: apt-get install python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"; exit 2; }
+	@echo "setting up .venv (half a minute to some minutes, by your network) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP) ## photos to report.html in minutes; DEMO="--images DIR" for your own
+	@$(BIN)/linerate demo $(DEMO)
+
+test: $(STAMP) ## the tests (PYTEST="-k name" for some of them)
+	@$(BIN)/python -m pytest -q $(PYTEST)
+
+check: static test ## all that CI runs: format, lint, types, import direction, tests
+
+static: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the files as ruff wants them
+	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmarks that this machine can run, as a table and JSON lines
+	@$(BIN)/linerate bench run $(BENCH)
+
+readme: $(STAMP) ## README's table of results and its tree anew
+	@$(BIN)/python -m linerate.bench.readme
+
+ffcv: $(STAMP) ## the ffcv extra, which compiles against OpenCV and libturbojpeg
+	@pkg-config --exists opencv4 libturbojpeg || \
+	  { echo "ffcv needs headers; bring them with: apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++ python3-dev"; exit 2; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt ffcv==1.0.2
+
+lock: $(STAMP) ## requirements.txt anew from pyproject.toml, for Python 3.11 to 3.13
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header \
+	  --no-annotate --extra dev --extra s3 --extra ray --output-file requirements.txt pyproject.toml
+
+clean: ## remove what make and the tools made, .venv included
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/linerate.egg-info demo
+	@find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""The package as a whole: how it is laid out, installed and called."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from linerate.__main__ import COMMANDS, main
+from linerate.bench.readme import filled
+from linerate.shards.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_cli(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "linerate", *argv], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    probe = (
+        "import sys; from linerate.__main__ import main; main(['--help']);"
+        "print('HEAVY', sorted({'torch', 'nvidia', 'numpy', 'tyro', 'timm', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in done.stdout
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_answers_help(command):
+    done = run_cli(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: linerate" in done.stdout.replace("\n", " ")
+
+
+def test_a_mistyped_command_gets_the_nearest_in_one_line(capsys):
+    assert main(["shrd"]) == 2
+    assert capsys.readouterr().err == "linerate: error: there is no command `shrd`; did you mean `shard`?\n"
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def refuse(argv: list[str]) -> int:
+        raise UserError("two\n  lines become one")
+
+    monkeypatch.setattr("linerate.shards.cli.main", refuse)
+    assert main(["shard", "pack"]) == 2
+    assert capsys.readouterr().err == "linerate: error: two lines become one\n"
+
+
+def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+    def interrupt(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linerate.shards.cli.main", interrupt)
+    assert main(["shard", "pack"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_one_line_without_traceback(tmp_path):
+    done = run_cli("shard", "verify", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+
+
+def test_requirements_are_pinned_and_name_no_index():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert len(lines) > 50
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[^ ]+( ; .+)?", line), line
+
+
+def test_the_four_folders_are_linked_relatively_into_the_package():
+    for name in ("shards", "pipeline", "train", "bench"):
+        link = ROOT / "src" / "linerate" / name
+        assert link.is_symlink()
+        assert str(link.readlink()) == f"../../{name}"
+
+
+def test_sdist_and_wheel_hold_every_package(tmp_path):
+    copy = tmp_path / "copy"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if files.returncode:
+        pytest.skip("not a git checkout: what belongs to the project is not known")
+    for name in filter(None, files.stdout.split("\0")):
+        source, target = ROOT / name, copy / name
+        if not (source.is_symlink() or source.exists()):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+        else:
+            target.write_bytes(source.read_bytes())
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
+    done = subprocess.run(build, cwd=copy, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "linerate/" + str(path.parent)
+        for path in (p.relative_to(copy) for p in copy.glob("*/**/__init__.py"))
+        if path.parts[0] in ("shards", "pipeline", "train", "bench")
+    } | {f"linerate/{path.parent}" for path in (p.relative_to(copy) for p in copy.glob("*/__init__.py"))}
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packages = {str(Path(n).parent) for n in wheel.namelist() if n.endswith("/__init__.py")}
+    assert packages == expected | {"linerate"}
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        held = {"/".join(n.split("/")[1:]) for n in sdist.getnames()}
+    assert {"src/linerate/shards/pack.py", "src/linerate/train/step.py", "pyproject.toml"} <= held
+
+
+def test_the_readme_holds_the_results_and_the_tree_as_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert filled(text, root=ROOT) == text, "run `make readme`"
