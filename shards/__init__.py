@@ -1,0 +1,1 @@
+"""Photos -> WebDataset tar shards with an index; needs neither torch nor DALI."""

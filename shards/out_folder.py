@@ -1,0 +1,112 @@
+"""The folder that shards are written to: whose it is, who may write, what a killed run left there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from itertools import filterfalse
+from pathlib import Path
+
+from linerate.shards.catalog import CATALOG_NAME
+from linerate.shards.errors import UserError
+from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
+
+WORK_NAME = ".pack"
+# What may lie in a folder whose catalog.json was lost.
+_OURS = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.(tar|idx|parquet)|shards\.parquet|rejected\.parquet|\..*\.tmp")
+
+
+def claim_folder(out: Path, *, sources: list[Path]) -> bool:
+    """Make `out` where it is missing (returns True), refuse it where it holds something else."""
+    for source in sources:
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"OUT {out} lies inside the source {source}; give a folder beside it")
+    if out.exists() and not out.is_dir():
+        raise UserError(
+            f"OUT {out} is a file; give a folder that is new or empty (SOURCE... come first, OUT last)"
+        )
+    made = not out.exists()
+    if not made:
+        names = {entry.name for entry in out.iterdir()}
+        if not names & {CATALOG_NAME, WORK_NAME} and (foreign := sorted(filterfalse(_OURS.fullmatch, names))):
+            some = ", ".join(foreign[:3])
+            raise UserError(f"OUT {out} holds something else ({some}); give a folder that is new or empty")
+    try:
+        (out / WORK_NAME).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"OUT {out} cannot be written ({error.strerror}); give a folder that you may write"
+        ) from None
+    return made
+
+
+@contextlib.contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """Only one packing run at a time in `out`; the system frees the lock when its process dies."""
+    path = out / WORK_NAME / "lock"
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"another `linerate shard pack` ({file.read().strip() or 'just started'}) writes to "
+                    f"{out}; wait until it ends, or give another OUT"
+                ) from None
+            except OSError as error:
+                # Some network folders know no locks. Two runs do no harm there: they write the same bytes.
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+            # Whoever held it before may have removed the file that we have just locked.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+            return
+
+
+def require_space(out: Path, *, num_bytes: int) -> None:
+    """Raise UserError where the disk has less than this free."""
+    free = shutil.disk_usage(out).free
+    if num_bytes > free:
+        raise UserError(
+            f"the shards need about {num_bytes / 1e6:,.0f} MB, the disk of {out} has {free / 1e6:,.0f} MB "
+            f"free; free some, or give an OUT on another disk"
+        )
+
+
+def remove_stale(out: Path) -> None:
+    """Remove the temporary files of runs that are no more. Call it with the lock held."""
+    for path in out.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def remove_work(out: Path) -> None:
+    """Remove the plan and the lock: nothing is left to take up again."""
+    shutil.rmtree(out / WORK_NAME, ignore_errors=True)
+
+
+def remove_marks(out: Path, name: str) -> None:
+    """Remove the marks of shards without samples, and the plan behind them."""
+    for path in out.glob(f"{name}-??????.parquet"):
+        path.unlink()
+    remove_work(out)
+
+
+def tidy_folder(out: Path, *, made: bool) -> None:
+    """Leave nothing behind that the next run does not need. Call it with the lock held."""
+    remove_stale(out)
+    if not (out / WORK_NAME / PLAN_HEADER_NAME).exists():
+        remove_work(out)
+        if made and not any(out.iterdir()):
+            out.rmdir()

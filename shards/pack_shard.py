@@ -1,0 +1,300 @@
+"""One task: the samples of one shard -> NAME-000042.tar + .idx + .parquet. Same task, same bytes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from linerate.shards.fetch import SampleReader
+from linerate.shards.inspect_image import JpegHeader, RejectedError, check_decode, check_header
+from linerate.shards.options import ImagePolicy
+from linerate.shards.plan import Plan
+from linerate.shards.tar_writer import TarWriter
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("label", pa.int32()),
+        ("xxh3_64", pa.uint64()),
+        ("flags", pa.int32()),
+    ]
+)
+MARK_KEY = b"linerate"
+REPORT_EVERY = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """All that a process needs to write one shard; picklable and small."""
+
+    plan_folder: str
+    shard: int
+    out: str
+    name: str
+    policy: ImagePolicy
+
+    @property
+    def stem(self) -> Path:
+        """The shard's path without a suffix."""
+        return Path(self.out) / f"{self.name}-{self.shard:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardMark:
+    """What the .parquet of a whole shard says about it; written last, so it is the proof."""
+
+    plan_id: str
+    shard: int
+    samples: int
+    tar_bytes: int
+    tar_xxh3: int
+    max_height: int
+    max_width: int
+    max_sample_bytes: int
+    rejects: list[tuple[int, str, int, str, str]]
+    """(sample_id, key, size, reason, detail) of the places that stay empty."""
+
+
+@dataclass
+class _Columns:
+    """The index of the shard being written."""
+
+    row: array[int] = field(default_factory=lambda: array("q"))
+    offset: array[int] = field(default_factory=lambda: array("q"))
+    height: array[int] = field(default_factory=lambda: array("i"))
+    width: array[int] = field(default_factory=lambda: array("i"))
+    xxh3_64: array[int] = field(default_factory=lambda: array("Q"))
+    flags: array[int] = field(default_factory=lambda: array("i"))
+    index_lines: list[bytes] = field(default_factory=list)
+    rejects: list[tuple[int, str, int, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """A shard whose tar lies complete under a temporary name; finish_shard makes it durable and visible."""
+
+    task: ShardTask
+    fd: int
+    temp_tar: Path
+    text_index: bytes
+    table: Any
+    mark: ShardMark
+
+
+def run_task(task: ShardTask, report: Callable[[int], None]) -> Callable[[], ShardMark]:
+    """The shard's tar now, its sync and its mark in the callable that comes back."""
+    return functools.partial(finish_shard, pack_shard(task, report))
+
+
+def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: None) -> PackedShard:
+    """Write the tar of one shard under a temporary name in its folder. finish_shard does the rest.
+
+    Raises OSError when the folder takes no more, or when the source fails as a whole.
+    """
+    plan = Plan.load(Path(task.plan_folder))
+    rows = plan.load_rows(task.shard)
+    temp_tar = _temp_name(task, ".tar")
+    fd = os.open(temp_tar, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        writer = TarWriter(fd)
+        columns = write_samples(
+            writer,
+            rows,
+            containers=plan.containers,
+            first_sample_id=plan.first_sample_id(task.shard),
+            policy=task.policy,
+            report=report,
+        )
+        tar_bytes, tar_xxh3 = writer.finish()
+    except BaseException:
+        os.close(fd)
+        temp_tar.unlink(missing_ok=True)
+        raise
+    table = _index_table(rows, columns, first_sample_id=plan.first_sample_id(task.shard))
+    mark = ShardMark(
+        plan_id=plan.plan_id,
+        shard=task.shard,
+        samples=len(columns.row),
+        tar_bytes=tar_bytes,
+        tar_xxh3=tar_xxh3,
+        max_height=max(columns.height, default=0),
+        max_width=max(columns.width, default=0),
+        max_sample_bytes=int(max(table.column("size").to_numpy(), default=0)),
+        rejects=columns.rejects,
+    )
+    text_index = b"\n".join([b"v1.2 %d" % len(columns.row), *columns.index_lines, b""])
+    return PackedShard(task, fd, temp_tar, text_index, table, mark)
+
+
+def finish_shard(packed: PackedShard) -> ShardMark:
+    """Sync the tar, give it its name, then the .idx, and the .parquet as the last: the shard is whole.
+
+    Meant for a background thread: the sync costs up to half of the wall time and holds no lock.
+    """
+    task, stem = packed.task, packed.task.stem
+    try:
+        try:
+            getattr(os, "fdatasync", os.fsync)(packed.fd)
+        finally:
+            os.close(packed.fd)
+        if packed.mark.samples:
+            packed.temp_tar.replace(stem.with_suffix(".tar"))
+            temp = _temp_name(task, ".idx")
+            temp.write_bytes(packed.text_index)
+            temp.replace(stem.with_suffix(".idx"))
+        else:  # readers refuse an empty tar, so of a shard without samples only the mark remains
+            packed.temp_tar.unlink()
+        temp = _temp_name(task, ".parquet")
+        table = packed.table.replace_schema_metadata({MARK_KEY: json.dumps(vars(packed.mark))})
+        pq.write_table(table, temp, compression="zstd", row_group_size=max(1, len(table)))
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())
+        temp.replace(stem.with_suffix(".parquet"))
+    except BaseException:
+        remove_temps(task)
+        raise
+    return packed.mark
+
+
+def load_mark(task: ShardTask, *, plan_id: str) -> ShardMark | None:
+    """The mark of a whole shard of this plan; None when the shard has yet to be written."""
+    stem = task.stem
+    try:
+        metadata = pq.read_schema(stem.with_suffix(".parquet")).metadata or {}
+        mark = ShardMark(**json.loads(metadata[MARK_KEY]))
+        agrees = mark.plan_id == plan_id and mark.shard == task.shard
+        whole = not mark.samples or (
+            stem.with_suffix(".tar").stat().st_size == mark.tar_bytes and stem.with_suffix(".idx").exists()
+        )
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        return None
+    return mark if agrees and whole else None
+
+
+def load_plan_id(path: Path) -> str | None:
+    """The plan that the mark in this .parquet belongs to; None where there is no mark."""
+    try:
+        return str(json.loads((pq.read_schema(path).metadata or {})[MARK_KEY])["plan_id"])
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+        return None
+
+
+def remove_temps(task: ShardTask) -> None:
+    """Remove what this process left of an unfinished shard."""
+    for suffix in (".tar", ".idx", ".parquet"):
+        _temp_name(task, suffix).unlink(missing_ok=True)
+
+
+def write_samples(
+    writer: TarWriter,
+    rows: Any,
+    *,
+    containers: list[str],
+    first_sample_id: int,
+    policy: ImagePolicy,
+    report: Callable[[int], None] = lambda samples: None,
+) -> _Columns:
+    """Read, judge and write every row of a task. Nothing but RejectedError leaves a sample out."""
+    columns = _Columns()
+    keys = rows.column("key")
+    sizes: list[int] = rows.column("size").to_pylist()
+    labels: list[int] = rows.column("label").to_pylist()
+    extras: list[bytes | None] = rows.column("extra_json").to_pylist()
+    decode = policy.check == "decode"
+    last_word = _last_word(policy)
+    with SampleReader(rows, containers) as reader:
+        for row, size in enumerate(sizes):
+            if row % REPORT_EVERY == 0 and row:
+                report(REPORT_EVERY)
+            room = writer.room(size)
+            try:
+                reader.read_next(room)
+                data = room[:size]
+                header = check_header(data, max_pixels=policy.max_pixels)
+                if decode:
+                    check_decode(data, header)
+                last_word(data)
+            except RejectedError as reject:
+                columns.rejects.append(
+                    (first_sample_id + row, keys[row].as_py(), size, reject.reason, reject.detail)
+                )
+                continue
+            digest = xxhash.xxh3_64_intdigest(data)
+            _add_sample(writer, columns, first_sample_id, row, size, header, digest, labels[row], extras[row])
+    report((len(sizes) - 1) % REPORT_EVERY + 1)
+    return columns
+
+
+def _add_sample(
+    writer: TarWriter,
+    columns: _Columns,
+    first_sample_id: int,
+    row: int,
+    size: int,
+    header: JpegHeader,
+    digest: int,
+    label: int,
+    extra: bytes | None,
+) -> None:
+    name = b"%012d" % (first_sample_id + row)
+    offset = writer.commit(name + b".jpg", size)
+    line = b"jpg %d %d %b.jpg" % (offset, size, name)
+    if label >= 0:
+        text = b"%d" % label
+        line += b" cls %d %d %b.cls" % (writer.add(name + b".cls", text), len(text), name)
+    if extra is not None:
+        line += b" json %d %d %b.json" % (writer.add(name + b".json", extra), len(extra), name)
+    columns.index_lines.append(line)
+    columns.row.append(row)
+    columns.offset.append(offset)
+    columns.height.append(header.height)
+    columns.width.append(header.width)
+    columns.xxh3_64.append(digest)
+    columns.flags.append(header.flags)
+
+
+def _last_word(policy: ImagePolicy) -> Callable[[memoryview], None]:
+    """A check by the decoder that trains, where the policy wants it."""
+    if policy.check != "dali":
+        return lambda data: None
+    from linerate.shards.dali_check import process_judge
+
+    return process_judge().check
+
+
+def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
+    taken = np.frombuffer(columns.row, np.int64) if columns.row else np.empty(0, np.int64)
+    kept = rows.select(["key", "size", "label"]).take(pa.array(taken))
+    arrays = {
+        "sample_id": pa.array(taken + first_sample_id),
+        "key": kept.column("key"),
+        "offset": pa.array(columns.offset, pa.int64()),
+        "size": kept.column("size"),
+        "height": pa.array(columns.height, pa.int32()),
+        "width": pa.array(columns.width, pa.int32()),
+        "label": kept.column("label"),
+        "xxh3_64": pa.array(columns.xxh3_64, pa.uint64()),
+        "flags": pa.array(columns.flags, pa.int32()),
+    }
+    return pa.table([arrays[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA).combine_chunks()
+
+
+def _temp_name(task: ShardTask, suffix: str) -> Path:
+    # The process id keeps two writers of one shard apart; the leading dot hides it from every `*.tar`.
+    return task.stem.with_name(f".{task.stem.name}{suffix}.{os.getpid()}.tmp")

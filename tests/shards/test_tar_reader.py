@@ -1,0 +1,152 @@
+"""The header reader against the standard library's writer, and against damage."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linerate.shards.errors import UserError
+from linerate.shards.tar_reader import Member, OtherMember, is_tar, read_members
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], *, format: int) -> Path:
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(path: Path) -> list[tuple[str, bytes]]:
+    stored = path.read_bytes()
+    return [
+        (os.fsdecode(m.name), stored[m.offset : m.offset + m.size])
+        for m in read_members(path)
+        if isinstance(m, Member)
+    ]
+
+
+parts = st.text(
+    st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="/"), min_size=1, max_size=60
+)
+long_names = st.lists(parts, min_size=1, max_size=6).map("/".join).filter(lambda n: not n.startswith("."))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    members=st.lists(st.tuples(long_names, st.binary(max_size=700)), max_size=5),
+    format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_any_names_are_read_as_they_were_written(
+    members: list[tuple[str, bytes]], format: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert read(write_tar(tmp_path_factory.mktemp("t") / "x.tar", members, format=format)) == members
+
+
+def test_ustar_prefixes_are_joined(tmp_path: Path) -> None:
+    name = "/".join(["folder" * 8] * 4) + "/x.jpg"
+    path = write_tar(tmp_path / "x.tar", [(name, b"1")], format=tarfile.USTAR_FORMAT)
+    assert read(path) == [(name, b"1")]
+
+
+def test_links_and_devices_are_listed_but_are_no_members(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for kind, name in (
+            (tarfile.DIRTYPE, "folder"),
+            (tarfile.SYMTYPE, "link"),
+            (tarfile.FIFOTYPE, "pipe"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = "elsewhere"
+            archive.addfile(info)
+    assert list(read_members(tmp_path / "x.tar")) == [
+        OtherMember(b"link", "symbolic link"),
+        OtherMember(b"pipe", "pipe"),
+    ]
+
+
+def test_a_size_in_base_256_is_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a", b"12345")], format=tarfile.GNU_FORMAT)
+    stored = bytearray(path.read_bytes())
+    stored[124:136] = b"\x80" + (5).to_bytes(11, "big")
+    stored[148:156] = b"%06o\0 " % (sum(stored[:148]) + 256 + sum(stored[156:512]))
+    path.write_bytes(stored)
+    assert read(path) == [("a", b"12345")]
+
+
+def test_a_size_that_only_pax_can_say_is_read(tmp_path: Path) -> None:
+    record = b"10 size=5\n"
+    stored = _with_header(b"p", b"x", b"%011o\0" % len(record), record)
+    stored += _with_header(b"a", b"0", b"%011o\0" % 0) + b"12345".ljust(512, b"\0") + bytes(1024)
+    (tmp_path / "x.tar").write_bytes(stored)
+    assert read(tmp_path / "x.tar") == [("a", b"12345")]
+
+
+def test_data_without_its_padding_is_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(_with_header(b"a", b"0", b"%011o\0" % 5) + b"12345")
+    with pytest.raises(UserError, match="damaged at byte 1024: the file ends at byte 517"):
+        read(tmp_path / "x.tar")
+
+
+def test_a_leading_dot_slash_is_dropped(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("./cat/1.jpg", b"x")], format=tarfile.GNU_FORMAT)
+    assert read(path) == [("cat/1.jpg", b"x")]
+
+
+@pytest.mark.parametrize("keep", [100, 512, 700, 1536, 2048])
+def test_a_tar_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a", b"1" * 900), ("b", b"2" * 900)], format=tarfile.USTAR_FORMAT)
+    path.write_bytes(path.read_bytes()[:keep])
+    if keep in (1536,):  # ends between two members, which no header tells
+        assert read(path) == [("a", b"1" * 900)]
+        return
+    with pytest.raises(UserError, match=r"x\.tar is cut short or damaged at byte"):
+        read(path)
+
+
+def test_a_flipped_bit_in_a_header_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a", b"1"), ("b", b"2")], format=tarfile.USTAR_FORMAT)
+    stored = bytearray(path.read_bytes())
+    stored[1024] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(UserError, match="damaged at byte 1024"):
+        read(path)
+
+
+def _with_header(name: bytes, kind: bytes, size: bytes, data: bytes = b"") -> bytes:
+    header = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.USTAR_FORMAT))
+    header[156:157] = kind
+    header[124:136] = size
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
+    return bytes(header) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (_with_header(b"a", b"x", b"00000000013\0", b"nonsense..."), "extended header that cannot be read"),
+        (_with_header(b"a", b"x", b"00000000013\0", b"99 path=a\n."), "extended header that cannot be read"),
+        (_with_header(b"a", b"L", b"77777777777\0"), "bytes of extended header"),
+        (_with_header(b"a", b"0", b"zzzzzzzzzzz\0"), "the size reads"),
+        (_with_header(b"a", b"0", b"77777777777\0"), "should end at byte"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path: Path, block: bytes, why: str) -> None:
+    (tmp_path / "x.tar").write_bytes(block + bytes(1024))
+    with pytest.raises(UserError, match=why):
+        read(tmp_path / "x.tar")
+
+
+def test_is_tar_knows_tars_from_other_files(tmp_path: Path) -> None:
+    assert is_tar(write_tar(tmp_path / "x.tar", [("a", b"1")], format=tarfile.PAX_FORMAT))
+    for number, other in enumerate((b"", b"short", bytes(512), b"\xff\xd8" * 400)):
+        (tmp_path / str(number)).write_bytes(other)
+        assert not is_tar(tmp_path / str(number))
