@@ -1,0 +1,167 @@
+# DALI exports by tricks that mypy does not follow.
+# mypy: disable-error-code="attr-defined,call-overload,untyped-decorator"
+"""The DALI graph from JPEG bytes and draws to two views: one function of the device.
+
+Inputs of a batch, by one external source: N JPEGs, and for each view what `graph_inputs` makes of its draws.
+Outputs: the query views and the key views, (N, S, S, 3) uint8.
+
+From the decoded image on there are two forms:
+- "kernels": compiled by numba, on the CPU alone (numba in DALI refuses CUDA 13);
+- "operators": DALI's own, colours by arithmetic, on either device. On the CPU it tests what a GPU will run.
+DALI's ready-made fn.hue, fn.contrast and color_twist lie 4 to 8 grey levels from torchvision's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from nvidia.dali import fn, math, pipeline_def, types
+
+from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws
+
+Form = Literal["kernels", "operators"]
+Source = Callable[[], tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+
+# The jitter's operators take four steps, each either the hue or x * factor + (1 - factor) * anchor, with
+# anchor = mean_share * (mean luma) + luma_share * luma: brightness 0 0, contrast 1 0, saturation 0 1.
+_FACTOR, _MEAN_SHARE, _LUMA_SHARE, _IS_HUE = range(4)
+_STEPS = len(Draw)
+_HUE_OP = 3
+
+
+def graph_inputs(draws: Draws, *, form: Form) -> npt.NDArray[np.float32]:
+    """(N, columns) float32: the draws as the graph of that form wants them."""
+    if form == "kernels":
+        return draws.array
+    num = len(draws)
+    ops = JITTER_ORDERS[draws[Draw.JITTER_ORDER].astype(np.int64)]
+    steps = np.zeros((num, 4, 4), dtype=np.float32)
+    factors = draws.array[:, Draw.BRIGHTNESS : Draw.HUE + 1]
+    steps[:, :, _FACTOR] = np.take_along_axis(factors, ops, axis=1)
+    steps[:, :, _MEAN_SHARE] = ops == 1
+    steps[:, :, _LUMA_SHARE] = ops == 2
+    steps[:, :, _IS_HUE] = ops == _HUE_OP
+    return np.concatenate([draws.array, steps.reshape(num, 16)], axis=1)
+
+
+@pipeline_def(enable_conditionals=True, exec_dynamic=True)
+def two_views_graph(
+    source: Source, *, size: int, device: str, form: Form, hw_decoder_load: float = 0.65
+) -> tuple[Any, Any]:
+    """The pipeline. source: called once a batch; StopIteration ends the epoch.
+
+    device: "cpu" or "gpu". hw_decoder_load: the share of a batch that the GPU's JPEG unit decodes.
+    """
+    jpegs, query, key = fn.external_source(
+        source=source,
+        num_outputs=3,
+        batch=True,
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT],
+        ndim=[1, 1, 1],
+    )
+    if device == "gpu":
+        image = fn.decoders.image(
+            jpegs,
+            device="mixed",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=hw_decoder_load,
+        )
+    else:
+        image = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    return (
+        one_view(image, query, size=size, device=device, form=form),
+        one_view(image, key, size=size, device=device, form=form),
+    )
+
+
+def one_view(image: Any, draws: Any, *, size: int, device: str, form: Form) -> Any:
+    if form == "kernels":
+        from linerate.pipeline.dali_kernels import make_view
+
+        return make_view(image, draws, size=size)
+    # A window beyond the image ends the process by SIGSEGV. The index and the JPEG's header agree unless the
+    # file was damaged; then the window shrinks.
+    bounds = fn.cast(image.shape()[0:2], dtype=types.FLOAT)
+    view = fn.resize(
+        image,
+        size=[size, size],
+        roi_start=math.min(draws[Draw.TOP : Draw.LEFT + 1], bounds - 1.0),
+        roi_end=math.min(draws[Draw.BOTTOM : Draw.RIGHT + 1], bounds),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    return finish_by_operators(view, draws, draws.gpu() if device == "gpu" else draws)
+
+
+def finish_by_operators(view: Any, draws: Any, factors: Any) -> Any:
+    """Flip, gray, jitter, blur, solarize. draws lie on the CPU, where predicates and named arguments must be.
+
+    factors: the same numbers on the view's device.
+    """
+    view = fn.flip(view, horizontal=fn.cast(draws[Draw.FLIP], dtype=types.INT32))
+    if draws[Draw.GRAY_FIRST] > 0.5:
+        view = _grayscale(view)
+    if draws[Draw.JITTER] > 0.5:
+        for step in range(4):
+            base = _STEPS + 4 * step
+            if draws[base + _IS_HUE] > 0.5:
+                view = _adjust_hue(view, factors[base + _FACTOR])
+            else:
+                view = _blend(
+                    view, factors[base + _FACTOR], factors[base + _MEAN_SHARE], factors[base + _LUMA_SHARE]
+                )
+    if draws[Draw.GRAY] > 0.5:
+        view = _grayscale(view)
+    if draws[Draw.BLUR_SIGMA] > 0.0:
+        view = fn.gaussian_blur(view, sigma=draws[Draw.BLUR_SIGMA])
+    if draws[Draw.SOLARIZE] > 0.5:
+        high = fn.cast(view >= 128, dtype=types.INT32)
+        view = fn.cast(view + high * (255 - 2 * view), dtype=types.UINT8)
+    return view
+
+
+def _levels(value: Any) -> Any:
+    """As torchvision makes levels of floats: clamped, then cut to the whole number below."""
+    return fn.cast(math.floor(math.clamp(value, 0.0, 255.0)), dtype=types.UINT8)
+
+
+def _luma(view: Any) -> Any:
+    return math.floor(view[:, :, 0:1] * 0.2989 + view[:, :, 1:2] * 0.587 + view[:, :, 2:3] * 0.114)
+
+
+def _grayscale(view: Any) -> Any:
+    luma = _levels(_luma(view))
+    return fn.cat(luma, luma, luma, axis=2)
+
+
+def _blend(view: Any, factor: Any, mean_share: Any, luma_share: Any) -> Any:
+    luma = _luma(view)
+    mean = fn.reductions.mean(luma, axes=[0, 1, 2], keep_dims=True)
+    anchor = mean * mean_share + luma * luma_share
+    return _levels(view * factor + anchor * (1.0 - factor))
+
+
+def _adjust_hue(view: Any, turns: Any) -> Any:
+    """Through HSV. A channel is v - chroma * clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6h modulo 6."""
+    view = fn.cast(view, dtype=types.FLOAT)
+    red, green, blue = view[:, :, 0:1], view[:, :, 1:2], view[:, :, 2:3]
+    value = math.max(red, math.max(green, blue))
+    chroma = value - math.min(red, math.min(green, blue))
+    divisor = math.max(chroma, 1.0)
+    is_red = fn.cast(value == red, dtype=types.FLOAT)
+    is_green = fn.cast(value == green, dtype=types.FLOAT) * (1.0 - is_red)
+    is_blue = 1.0 - is_red - is_green
+    h6 = is_red * (green - blue) / divisor
+    h6 = h6 + is_green * (2.0 + (blue - red) / divisor) + is_blue * (4.0 + (red - green) / divisor)
+    h6 = h6 + turns * 6.0
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = h6 + offset
+        k = k - 6.0 * math.floor(k * (1 / 6))
+        channels.append(value - chroma * math.clamp(math.min(k, 4.0 - k), 0.0, 1.0))
+    return _levels(fn.cat(*channels, axis=2) * (255.999 / 255))

@@ -1,0 +1,268 @@
+# DALI exports by tricks that mypy does not follow.
+# mypy: disable-error-code="attr-defined,call-overload,untyped-decorator,no-untyped-call"
+"""Two views by DALI: CPU operators and numba kernels, or the GPU's decoder and DALI's arithmetic."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+
+from linerate.pipeline.dali_graph import Form, graph_inputs, two_views_graph
+from linerate.pipeline.draws import Draws, draw_views
+from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.recipe import ViewRecipe
+from linerate.pipeline.two_views import TwoViews
+from linerate.pipeline.undecodable import UndecodableImages
+
+Fetch = Callable[[int], EncodedBatch]
+Inputs = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+class DaliViews:
+    """Views for any number of epochs from one DALI pipeline, which is built at the first.
+
+    A TwoViews is yours for as long as you hold it. On the CPU it is the pipeline's own memory, counted by
+    reference; on a GPU a copy on torch's current stream (two of 38 MB for 256 views: 0.05 ms), since memory
+    given back to DALI while torch's kernels still wait would be overwritten under them.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: ViewRecipe,
+        seed: int,
+        batch: int,
+        device: str,
+        num_threads: int,
+        prefetch: int,
+        form: Form | None = None,
+        hw_decoder_load: float = 0.65,
+    ) -> None:
+        """batch: the most samples that fetch returns. prefetch: batches in the making while one is used.
+
+        form: None takes the kernels on the CPU and the operators on a GPU.
+        """
+        self._recipe, self._seed, self._batch = recipe, seed, batch
+        self._device = torch.device(device)
+        self._num_threads, self._prefetch = num_threads, max(1, prefetch)
+        self._form: Form = form or default_form(self._device)
+        self._hw_decoder_load = hw_decoder_load
+        self._idle: _Pipeline | None = None
+        self._in_use: deque[tuple[Any, torch.cuda.Event]] = deque()
+
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
+        """The views of fetch(step) for every step, in order.
+
+        fetch is called from one background thread, up to 2 * prefetch steps ahead.
+        Raises UndecodableImages; this object can be run again after that and after any other error.
+        """
+        if not steps:
+            return
+        fed: deque[EncodedBatch] = deque()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        # While it runs the pipeline belongs to this generator: another run builds one of its own.
+        pipeline, self._idle = self._idle or self._new_pipeline(), None
+        pipeline.start(self._feed(fetch, steps, epoch, pool, fed))
+        try:
+            for _ in steps:
+                try:
+                    query, key = pipeline.run(**self._stream())
+                except RuntimeError as error:
+                    raise _diagnose(fed, error) from error
+                yield self._two_views(query, key, fed.popleft())
+            # Only here: after an error, or with batches on their way through it, it is not used again.
+            self._idle = pipeline
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        self._idle = None
+        self._in_use.clear()
+
+    def _new_pipeline(self) -> _Pipeline:
+        return _Pipeline(
+            size=self._recipe.size,
+            device=self._device,
+            form=self._form,
+            hw_decoder_load=self._hw_decoder_load,
+            batch=self._batch,
+            num_threads=self._num_threads,
+            prefetch=self._prefetch,
+        )
+
+    def _feed(
+        self, fetch: Fetch, steps: range, epoch: int, pool: ThreadPoolExecutor, fed: deque[EncodedBatch]
+    ) -> Iterator[Inputs]:
+        def prepare(step: int) -> tuple[EncodedBatch, Inputs]:
+            batch = fetch(step)
+            query, key = (
+                graph_inputs(
+                    draw_views(
+                        self._recipe,
+                        seed=self._seed,
+                        epoch=epoch,
+                        sample_id=batch.sample_id,
+                        height=batch.height,
+                        width=batch.width,
+                        view=view,
+                    ),
+                    form=self._form,
+                )
+                for view in (0, 1)
+            )
+            return batch, (batch.jpegs, query, key)
+
+        to_do = iter(steps)
+        ahead = deque(pool.submit(prepare, step) for step in islice(to_do, self._prefetch))
+        while ahead:
+            batch, inputs = ahead.popleft().result()
+            ahead.extend(pool.submit(prepare, step) for step in islice(to_do, 1))
+            fed.append(batch)
+            yield inputs
+
+    def _stream(self) -> dict[str, Any]:
+        if self._device.type == "cpu":
+            return {}
+        return {"cuda_stream": torch.cuda.current_stream(self._device)}
+
+    def _two_views(self, query: Any, key: Any, batch: EncodedBatch) -> TwoViews:
+        pixels = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in (query, key)]
+        if self._device.type == "cuda":
+            pixels = self._copied(pixels, owners=(query, key))
+        sample_id, position, label = (
+            torch.from_numpy(np.ascontiguousarray(column))
+            for column in (batch.sample_id, batch.position, batch.label)
+        )
+        return TwoViews(query=pixels[0], key=pixels[1], sample_id=sample_id, position=position, label=label)
+
+    def _copied(self, pixels: list[Tensor], *, owners: Any) -> list[Tensor]:
+        """Copies in torch's memory; DALI's stays taken until the copying is over, without waiting for it."""
+        copies = [one.clone(memory_format=torch.channels_last) for one in pixels]
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        self._in_use.append((owners, done))
+        while self._in_use and (self._in_use[0][1].query() or len(self._in_use) > self._prefetch):
+            self._in_use.popleft()[1].synchronize()
+        return copies
+
+
+class _Pipeline:
+    """The built graph, and what feeds it at present."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        device: torch.device,
+        form: Form,
+        hw_decoder_load: float,
+        batch: int,
+        num_threads: int,
+        prefetch: int,
+    ) -> None:
+        gpu = device.type == "cuda"
+        index = torch.cuda.current_device() if gpu and device.index is None else device.index
+        feed = self._feed = _Feed()
+        self._graph = two_views_graph(
+            lambda: next(feed.at_hand),
+            size=size,
+            device="gpu" if gpu else "cpu",
+            form=form,
+            hw_decoder_load=hw_decoder_load,
+            batch_size=batch,
+            num_threads=num_threads,
+            device_id=index if gpu else None,
+            prefetch_queue_depth=prefetch,
+        )
+        self._graph.build()
+
+    def start(self, inputs: Iterator[Inputs]) -> None:
+        self._feed.at_hand = inputs
+        self._graph.reset()
+
+    def run(self, **stream: Any) -> Any:
+        return self._graph.run(**stream)
+
+
+class _Feed:
+    at_hand: Iterator[Inputs] = iter(())
+
+
+def default_form(device: torch.device) -> Form:
+    """numba's kernels on the CPU, DALI's operators on a GPU."""
+    return "kernels" if device.type == "cpu" else "operators"
+
+
+def views_of_draws(
+    jpegs: list[npt.NDArray[np.uint8]],
+    draws: tuple[Draws, Draws],
+    *,
+    size: int,
+    device: str = "cpu",
+    form: Form | None = None,
+    num_threads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """(N, S, S, 3) uint8 on the CPU, twice: one view of each image by draws that need not be random.
+
+    For comparisons and for looking at single views; builds a pipeline for one batch.
+    """
+    where = torch.device(device)
+    form = form or default_form(where)
+    query, key = (graph_inputs(one, form=form) for one in draws)
+    pipeline = _Pipeline(
+        size=size,
+        device=where,
+        form=form,
+        hw_decoder_load=0.65,
+        batch=len(jpegs),
+        num_threads=num_threads,
+        prefetch=1,
+    )
+    pipeline.start(iter([(jpegs, query, key)]))
+    first, second = (torch.from_dlpack(views.as_cpu().as_tensor()) for views in pipeline.run())
+    return first, second
+
+
+def undecodable_rows(jpegs: list[npt.NDArray[np.uint8]]) -> list[int]:
+    """Which of the JPEGs DALI's CPU decoder makes no image of."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    def decode(first: int) -> Any:
+        rest = iter(jpegs[first:])
+        data = fn.external_source(source=lambda: [next(rest)], batch=True, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(data, device="cpu", output_type=types.RGB, adjust_orientation=False)
+
+    bad = []
+    one_by_one = decode(0)
+    for row in range(len(jpegs)):
+        try:
+            one_by_one.run()
+        except RuntimeError:
+            bad.append(row)
+            one_by_one = decode(row + 1)
+    return bad
+
+
+def _diagnose(fed: deque[EncodedBatch], error: RuntimeError) -> Exception:
+    for batch in fed:
+        bad = undecodable_rows(batch.jpegs)
+        if bad:
+            return UndecodableImages(
+                batch.sample_id[bad].tolist(), batch.position[bad].tolist(), _reason(str(error))
+            )
+    return error
+
+
+def _reason(message: str) -> str:
+    """DALI's own words on what went wrong, without the traceback of the graph that it prints around them."""
+    text = message.partition("encountered:")[2] or message
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
