@@ -1,0 +1,167 @@
+"""Run by torchrun: a rank asserts that many ranks do what one device does, and writes one line if so.
+
+python ranks_worker.py WORLD_SIZE OUT
+"""
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from linerate.train.collectives import gather_rows
+from linerate.train.encoder import build_encoder
+from linerate.train.key_queue import KeyQueue
+from linerate.train.shuffle_bn import KeyShuffle, encode_by_group
+from linerate.train.step import MoCo, train_step
+
+GROUP, GROUPS_A_RANK, SIDE, KEYS, DIM = 4, 2, 8, 30, 8
+
+
+class Traffic:
+    """What this rank receives from others, by collective, and how often each is called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        for name in ("all_to_all_single", "all_gather_into_tensor", "broadcast", "all_reduce"):
+            setattr(dist, name, self._counted(name, getattr(dist, name)))
+
+    def _counted(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] = self.bytes.get(name, 0) + output.numel() * output.element_size()
+            return collective(output, *args, **kwargs)
+
+        return call
+
+    def reset(self) -> None:
+        self.calls, self.bytes = {}, {}
+
+
+def pixels(num: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (num, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
+    return image.permute(0, 3, 1, 2)
+
+
+def own(rows: Tensor, rank: int, world_size: int) -> Tensor:
+    return rows.chunk(world_size)[rank]
+
+
+def check_exchange(rank: int, world_size: int, traffic: Traffic) -> None:
+    """The all-to-all gives every rank what the reference's all-gather and slice give."""
+    num = GROUP * GROUPS_A_RANK * world_size
+    images = pixels(num, seed=1)
+    mine = own(images, rank, world_size)
+    shuffle = KeyShuffle(seed=3, rank=rank, world_size=world_size)
+    permutation = shuffle.permutation(5, global_batch=num)
+    seen: list[Tensor] = []
+
+    def encode(shuffled: Tensor) -> Tensor:
+        seen.append(shuffled)
+        return shuffled.flatten(1).double()
+
+    traffic.reset()
+    features = shuffle.encode(encode, mine, step=5)
+    assert torch.equal(seen[0], own(gather_rows(mine, world_size=world_size)[permutation], rank, world_size))
+    assert torch.equal(features, images.flatten(1).double())
+    # uint8 instead of float32, and a rank's share instead of the whole batch.
+    reference_bytes = num * 3 * SIDE * SIDE * 4
+    assert traffic.bytes["all_to_all_single"] * 2 * world_size <= reference_bytes
+    assert traffic.calls["all_to_all_single"] == 1
+
+
+def check_within_rank(rank: int, world_size: int, traffic: Traffic) -> None:
+    """A shuffle block that a rank holds whole costs no image traffic."""
+    mine = own(pixels(GROUP * GROUPS_A_RANK * world_size, seed=2), rank, world_size)
+    shuffle = KeyShuffle(block=GROUP * GROUPS_A_RANK, rank=rank, world_size=world_size)
+    traffic.reset()
+    shuffle.encode(lambda images: images.flatten(1).double(), mine, step=0)
+    assert traffic.calls == {"all_gather_into_tensor": 1}
+
+
+def build(rank: int, world_size: int, block: int | None) -> tuple[MoCo, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    encoder = build_encoder("tiny-resnet-w4", dim=DIM, stem="cifar").double()
+    queue = KeyQueue(KEYS, DIM, dtype=torch.float64)
+    shuffle = KeyShuffle(seed=7, block=block, rank=rank, world_size=world_size)
+    moco = MoCo(encoder, queue, temperature=0.2, ema_momentum=0.9, bn_group=GROUP, shuffle=shuffle)
+    sgd = torch.optim.SGD(encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4, foreach=True)
+    return moco, sgd
+
+
+def check_training(
+    rank: int, world_size: int, traffic: Traffic, *, block: int | None, micro_batch: int | None
+) -> None:
+    """The same losses, encoders and queue as one device with as many groups, to 1e-5."""
+    num = GROUP * GROUPS_A_RANK * world_size
+    (alone, alone_sgd), (moco, sgd) = build(0, 1, block), build(rank, world_size, block)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        moco.query_forward = DistributedDataParallel(moco.query_encoder, broadcast_buffers=False)
+    for step in range(4):
+        views = pixels(num, seed=10 + step), pixels(num, seed=20 + step)
+        mine = [own(view, rank, world_size) for view in views]
+        traffic.reset()
+        metrics = train_step(moco, *mine, sgd, step=step, micro_batch=micro_batch)
+        # Gradients go through DDP's own reducer; besides them there are at most two collectives.
+        assert sum(traffic.calls.values()) <= 2
+        assert "broadcast" not in traffic.calls
+        expected = train_step(alone, *views, alone_sgd, step=step)
+        loss = metrics.loss.clone()
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / world_size, expected.loss, rtol=0, atol=1e-5)
+        require_same(moco.query_encoder, alone.query_encoder)
+        require_same(moco.key_encoder, alone.key_encoder)
+        torch.testing.assert_close(moco.dictionary.keys, alone.dictionary.keys, rtol=0, atol=1e-5)
+        assert int(moco.dictionary.pointer) == int(alone.dictionary.pointer)
+        # Not close: the very same bytes on every rank.
+        every = gather_rows(moco.dictionary.keys, world_size=world_size).chunk(world_size)
+        assert all(torch.equal(every[0], keys) for keys in every)
+
+
+def require_same(mine: nn.Module, other: nn.Module) -> None:
+    for here, there in zip(mine.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+
+
+def check_keys_by_group(rank: int, world_size: int) -> None:
+    """Shuffled keys of all ranks equal the plain form: one forward per group of the permuted batch."""
+    num = GROUP * GROUPS_A_RANK * world_size
+    moco, _ = build(rank, world_size, None)
+    truth = copy.deepcopy(moco.key_encoder)
+    images = pixels(num, seed=4)
+    permutation = moco.shuffle.permutation(1, global_batch=num)
+    with torch.no_grad():
+        keys = moco.shuffle.encode(moco.key_forward, own(images, rank, world_size), step=1)
+        expected = torch.empty_like(keys)
+        expected[permutation] = encode_by_group(truth, images[permutation], bn_group=GROUP)
+    torch.testing.assert_close(keys, expected)
+
+
+def main(world_size: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    assert dist.get_world_size() == world_size
+    traffic = Traffic()
+    check_exchange(rank, world_size, traffic)
+    check_within_rank(rank, world_size, traffic)
+    check_keys_by_group(rank, world_size)
+    check_training(rank, world_size, traffic, block=None, micro_batch=None)
+    check_training(rank, world_size, traffic, block=GROUP * GROUPS_A_RANK, micro_batch=GROUP)
+    dist.barrier()
+    dist.destroy_process_group()
+    (out / f"rank-{rank}.txt").write_text(f"rank {rank} of {world_size} agrees")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

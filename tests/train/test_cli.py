@@ -1,0 +1,155 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.train.small import SMALL
+
+from linerate.__main__ import main
+from linerate.shards.catalog import Catalog
+from linerate.train.cli import parse_train
+from linerate.train.pretrain import pretrain
+from linerate.train.recipes import RECIPES
+
+
+def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("linerate: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def run(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    root = tmp_path_factory.mktemp("cli") / "run"
+    pretrain(SMALL, shards=shards.root, run_dir=root)
+    return root
+
+
+def test_without_a_recipe_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+
+
+def test_flags_change_the_recipes_fields() -> None:
+    words = "--seed 3 --iterations 9 --no-shuffle --precision bf16 --knn-test T --no-blur"
+    command, config = parse_train(["cifar10", "--run-dir", "R", "--resume", *words.split()])
+    assert (command.run, command.resume) == (Path("R"), True)
+    assert (config.recipe, config.seed, config.schedule.iterations) == ("cifar10", 3, 9)
+    assert (config.bn.shuffle, config.speed.precision, config.watch.knn_test) == (False, "bf16", "T")
+    assert config.model == RECIPES["cifar10"].build().model
+
+
+def test_a_length_in_one_unit_replaces_the_recipes_in_the_other() -> None:
+    for recipe in ("in1m-v1", "ig1b-v1"):
+        _, config = parse_train([recipe, "--epochs", "7"])
+        assert (config.schedule.epochs, config.schedule.iterations) == (7, None)
+        _, config = parse_train([recipe, "--iterations=7"])
+        assert (config.schedule.epochs, config.schedule.iterations) == (None, 7)
+
+
+def test_another_batch_scales_lr_when_told_to() -> None:
+    _, config = parse_train(["in1m-v1", "--global-batch", "1024", "--scale-lr"])
+    assert config.optim.lr == pytest.approx(0.12)
+    _, config = parse_train(["in1m-v1", "--global-batch", "1024", "--lr=0.03"])
+    assert config.optim.lr == 0.03
+
+
+def test_a_dry_run_tells_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "ig1b-v1", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"]["total_steps"] == 1_250_000
+    assert told["plan"]["lr_last"] == pytest.approx(0.01621, abs=5e-6)
+    assert told["memory_bytes"]["queue"] == 65536 * 128 * 4
+    assert told["config"]["recipe"] == "ig1b-v1"
+
+
+def test_a_dry_run_over_shards_counts_them(shards: Catalog, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--global-batch", "16", "--scale-lr", "--bn-group", "4"]
+    assert main(["train", "demo", "--dry-run", "--shards", str(shards.root), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "1 x 16" in out
+    assert "memory: total" in out
+
+
+def test_a_dry_run_sees_the_world_size(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["train", "in1m-v1", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["rank_batch"] == 32
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "the nearest that do: 2, 4" in _error(capsys, "train", "in1m-v1", "--dry-run")
+
+
+def test_bad_words_are_one_line_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], shards: Catalog, tmp_path: Path
+) -> None:
+    missing, root = str(tmp_path / "missing"), str(shards.root)
+    run = str(tmp_path / "run")
+    assert "did you mean `cifar10`" in _error(capsys, "train", "cifar")
+    assert "the recipe comes first" in _error(capsys, "train", "--shards", root)
+    assert "--shards is missing" in _error(capsys, "train", "demo")
+    assert "--run is missing" in _error(capsys, "train", "demo", "--shards", root)
+    assert "no catalog.json" in _error(capsys, "train", "demo", "--shards", missing, "--run", run)
+    assert "did you mean --epochs" in _error(capsys, "train", "demo", "--epoch", "3")
+    assert "--scale-lr" in _error(capsys, "train", "in1m-v1", "--global-batch", "512")
+    assert "nearest that do: 16, 32" in _error(capsys, "train", "in1m-v1", "--bn-group", "24")
+    assert "demo is for no particular data set" in _error(capsys, "train", "demo", "--dry-run")
+    too_large = _error(capsys, "train", "in1m-v1", "--shards", root, "--run", run)
+    assert "256" in too_large
+    assert "72" in too_large
+    assert not (tmp_path / "run").exists()
+
+
+def test_knn_prints_the_encoder_beside_its_controls(
+    run: Path, shards: Catalog, test_shards: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--train", str(shards.root), "--test", str(test_shards.root), "--k", "5", "--threads", "1"]
+    assert main(["eval", "knn", str(run), *sets, "--controls", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told["results"]] == ["step 12", "untrained encoder", "raw pixels"]
+    assert {row["num_test"] for row in told["results"]} == {30}
+    assert all(0 <= row["knn_top1"] <= 1 for row in told["results"])
+    assert (told["step"], told["k"], told["size"]) == (12, 5, 16)
+    assert main(["eval", "knn", str(run), *sets, "--features", "projection"]) == 0
+    out = capsys.readouterr().out
+    assert "top-1 of 30" in out
+    assert "raw pixels" not in out
+
+
+def test_knn_on_one_set_holds_a_share_out(
+    run: Path, shards: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "knn", str(run), "--train", str(shards.root), "--test-share", "0.25", "--json"]
+    assert main([*argv, "--threads", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert row["num_train"] + row["num_test"] == 72
+
+
+def test_knn_refuses_what_has_no_answer(
+    run: Path, shards: Catalog, unlabelled_shards: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(shards.root)
+    assert "has no command `knm`; did you mean `knn`" in _error(capsys, "eval", "knm")
+    assert "has no checkpoint" in _error(capsys, "eval", "knn", str(tmp_path), "--train", root)
+    bad_share = _error(capsys, "eval", "knn", str(run), "--train", root, "--test-share", "2")
+    assert "must lie between 0 and 1" in bad_share
+    assert "at least 1" in _error(capsys, "eval", "knn", str(run), "--train", root, "--k", "0")
+    unlabelled = _error(capsys, "eval", "knn", str(run), "--train", str(unlabelled_shards.root))
+    assert "has no labels" in unlabelled
+
+
+def test_export_writes_the_file_and_its_card(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    assert main(["export", str(run), "--to", "safetensors", "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == str(out)
+    assert told["max_difference"] <= 1e-5
+    assert Path(told["card"]).exists()
+    assert "no tiny-resnet-w4" in _error(capsys, "export", str(run), "--to", "timm", "--out", str(out))

@@ -1,0 +1,108 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from tests.train.small import SMALL
+
+from linerate.shards.errors import UserError
+from linerate.train import export as export_module
+from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.config import Model
+from linerate.train.encoder import build_encoder
+from linerate.train.export import export_encoder
+
+
+def _trained(name: str, *, stem: str = "imagenet", head: str = "linear") -> TrainedEncoder:
+    """An encoder whose BN statistics are not those it was born with, as after training."""
+    model = Model(encoder=name, stem=stem, head=head, dim=16)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    encoder = build_encoder(name, dim=16, head=model.head, stem=model.stem)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    config = dataclasses.replace(SMALL, model=model)
+    path = Path("run/checkpoints/step-000000007.pt")
+    return TrainedEncoder(encoder=encoder.eval(), config=config, step=7, images=112, path=path)
+
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_torchvision_gives_the_same_features(suffix: str, tmp_path: Path) -> None:
+    trained = _trained("resnet18")
+    report = export_encoder(trained, target="torchvision", out=tmp_path / f"r18.{suffix}")
+    assert report.max_difference <= 1e-5
+    load = safetensors.torch.load_file if suffix == "safetensors" else torch.load
+    model = torchvision.models.resnet18()
+    missing, unexpected = model.load_state_dict(load(report.out), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    model.fc = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(IMAGES), trained.encoder.backbone(IMAGES), atol=1e-5)
+
+
+def test_timm_gives_the_same_features(tmp_path: Path) -> None:
+    trained = _trained("resnet18")
+    report = export_encoder(trained, target="timm", out=tmp_path / "new" / "r18.pth")
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(report.out)).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(IMAGES), trained.encoder.backbone(IMAGES), atol=1e-5)
+
+
+def test_safetensors_hold_the_head_too(tmp_path: Path) -> None:
+    trained = _trained("tiny-resnet-w4", stem="cifar", head="mlp")
+    report = export_encoder(trained, target="safetensors", out=tmp_path / "tiny.safetensors")
+    encoder = build_encoder("tiny-resnet-w4", dim=16, head="mlp", stem="cifar")
+    encoder.load_state_dict(safetensors.torch.load_file(report.out))
+    with torch.no_grad():
+        assert torch.equal(encoder.eval()(IMAGES), trained.encoder(IMAGES))
+
+
+def test_the_card_says_what_the_weights_are_and_its_code_runs(tmp_path: Path) -> None:
+    report = export_encoder(_trained("resnet18"), target="torchvision", out=tmp_path / "r18.pth")
+    card = report.card.read_text()
+    assert report.card == tmp_path / "r18.pth.md"
+    for words in ("resnet18", "| recipe | small, seed 0 |", "K = 40", "7 steps, 112 images", "torchvision"):
+        assert words in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"r18.pth"', f'"{report.out}"')
+    exec(code, {"torch": torch, "torchvision": torchvision})
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "target", "out", "message"),
+    [
+        (
+            "resnet18",
+            "cifar",
+            "torchvision",
+            "x.pth",
+            "no resnet18 with stem=cifar; export it with --to safet",
+        ),
+        ("tiny-resnet-w4", "imagenet", "timm", "x.pth", "timm has no tiny-resnet-w4"),
+        ("tiny-resnet-w4", "imagenet", "torchvision", "x.pth", "torchvision has no tiny-resnet-w4.*safetens"),
+        ("resnet10t", "imagenet", "torchvision", "x.pth", "use --to timm"),
+        ("resnet18", "imagenet", "safetensors", "x.pth", r"name it x\.safetensors"),
+        ("resnet18", "imagenet", "timm", "", "is a folder"),
+    ],
+)
+def test_what_a_library_does_not_have_is_refused(
+    name: str, stem: str, target: str, out: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export_encoder(_trained(name, stem=stem), target=target, out=tmp_path / out)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_that_differ_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "_difference", lambda *_: 1e-3)
+    with pytest.raises(RuntimeError, match=r"differ by 1\.00e-03"):
+        export_encoder(_trained("resnet18"), target="timm", out=tmp_path / "r18.pth")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.small import SMALL
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linerate.pipeline.two_views import TwoViews
+from linerate.train.launch import open_accelerator
+from linerate.train.learner import Learner
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a value of the device."""
+
+    num_reads = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.num_reads += func.__name__.startswith(("_local_scalar_dense", "nonzero", "is_nonzero"))  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
+def _batch(seed: int) -> TwoViews:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in "qk")
+    place = torch.arange(16)
+    return TwoViews(query=query, key=key, sample_id=place, position=place, label=place)
+
+
+def test_steps_never_read_the_device_and_the_log_reads_it_once(tmp_path: Path) -> None:
+    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
+        learner = Learner(SMALL, accelerator)
+        learner.step(_batch(0), step=0, lr=0.1)
+        with CountReads() as steps:
+            for step in (1, 2):
+                learner.step(_batch(step), step=step, lr=0.1)
+        assert steps.num_reads == 0
+        with CountReads() as control:
+            torch.ones(1).item()
+        assert control.num_reads == 1
+
+
+def test_metrics_are_the_means_since_the_last_reading(tmp_path: Path) -> None:
+    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
+        each, both = Learner(SMALL, accelerator), Learner(SMALL, accelerator)
+        losses = []
+        for step in (0, 1):
+            each.step(_batch(step), step=step, lr=0.1)
+            losses.append(each.read_metrics(stop=False)[0]["loss"])
+            both.step(_batch(step), step=step, lr=0.1)
+        means, stopped = both.read_metrics(stop=True)
+        assert means["loss"] == pytest.approx(sum(losses) / 2)
+        assert stopped is True
+        assert losses[0] != losses[1]
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
+        first = Learner(SMALL, accelerator)
+        first.step(_batch(0), step=0, lr=0.1)
+        path = tmp_path / "state.pt"
+        torch.save(first.checkpoint(step=1, epoch=0).__dict__ | {"config": None}, path)
+        state = torch.load(path, weights_only=True)
+        second = Learner(SMALL, accelerator)
+        second.restore(type(first.checkpoint(step=1, epoch=0))(**state))
+        for learner in (first, second):
+            learner.step(_batch(1), step=1, lr=0.1)
+        ours, theirs = first.moco.state_dict(), second.moco.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_encoding_is_in_eval_mode_and_training_goes_on_after(tmp_path: Path) -> None:
+    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
+        learner = Learner(SMALL, accelerator)
+        images = _batch(0).query
+        for features, dim in (("backbone", learner.moco.query_encoder.num_features), ("projection", 8)):
+            with learner.encoding(features) as encode, torch.no_grad():  # type: ignore[arg-type]
+                together, alone = encode(images), encode(images[:1])
+            assert together.shape == (16, dim)
+            assert torch.allclose(together[:1], alone, atol=1e-5)
+        assert learner.moco.query_encoder.training

@@ -1,0 +1,46 @@
+import dataclasses
+
+import torch
+from tests.train.small import SMALL
+
+from linerate.train.config import Speed
+from linerate.train.encoder import build_encoder
+from linerate.train.memory import activation_bytes, estimate_memory
+from linerate.train.recipes import RECIPES
+
+
+def test_activations_counted_on_shapes_are_those_of_a_real_forward() -> None:
+    encoder = build_encoder("tiny-resnet-w4", dim=8, stem="cifar")
+    weights = {parameter.data_ptr() for parameter in encoder.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoder(torch.zeros(2, 3, 16, 16))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // 2
+    with torch.device("meta"):
+        counted = activation_bytes(build_encoder("tiny-resnet-w4", dim=8, stem="cifar"), size=16)
+    # Some kernels of a CPU keep a few vectors more than the shapes alone know of.
+    assert abs(counted - real) / real < 0.02
+
+
+def test_parts_are_what_the_formulas_say() -> None:
+    config = RECIPES["in1m-v1"].build()
+    memory = estimate_memory(config, rank_batch=32)
+    assert memory["queue"] == 65536 * 128 * 4
+    assert memory["parameters of both encoders"] == 2 * 23_770_304 * 4
+    assert memory["views"] == 2 * 32 * 3 * 224 * 224
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+
+
+def test_bf16_halves_the_activations() -> None:
+    wide, narrow = (
+        estimate_memory(dataclasses.replace(SMALL, speed=Speed(precision=precision)), rank_batch=16)
+        for precision in ("fp32", "bf16")
+    )
+    assert narrow["activations"] * 2 == wide["activations"]
+    assert narrow["queue"] == wide["queue"]

@@ -1,0 +1,185 @@
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.small import SMALL, small
+
+from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError
+from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_encoder, load_trained
+from linerate.train.config import Model, Optim, Schedule, Speed
+from linerate.train.pretrain import Summary, pretrain
+from linerate.train.run_folder import RunFolder
+
+
+def _losses(run: Path) -> list[float]:
+    return [line["loss"] for line in RunFolder(run).load_log("step")]
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary, list[Any]]:
+    """A run from its first step to its last."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    events: list[Mapping[str, Any]] = []
+    summary = pretrain(small(knn_epochs=2), shards=shards.root, run_dir=run, on_event=events.append)
+    return run, summary, events
+
+
+def test_a_run_does_all_its_steps_and_says_so(whole: tuple[Path, Summary, list[Any]]) -> None:
+    run, summary, events = whole
+    assert (summary.step, summary.total_steps, summary.images) == (12, 12, 192)
+    assert summary.finished
+    assert summary.world_size == 1
+    assert events[0]["event"] == "start"
+    assert events[0]["steps_per_epoch"] == 72 // 16
+    assert events[0]["num_dropped"] == 72 % 16
+    assert events[0]["chance_loss"] == pytest.approx(math.log(41))
+    assert events[-1] == {"event": "end", "step": 12, "finished": True}
+    assert [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] == events
+
+
+def test_every_logged_step_has_the_numbers_that_people_read(whole: tuple[Path, Summary, list[Any]]) -> None:
+    steps = [event for event in whole[2] if event["event"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["epoch"] for line in steps] == [0] * 4 + [1] * 4 + [2] * 4
+    assert steps[0]["lr"] == SMALL.optim.lr
+    assert all(a["lr"] > b["lr"] for a, b in itertools.pairwise(steps))
+    for line in steps:
+        assert 0 <= line["pretext_top1"] <= line["pretext_top5"] <= 1
+        assert line["images_per_s"] > 0
+        assert 0 <= line["data_wait_share"] <= 1
+    assert steps[-1]["left_s"] == 0
+
+
+def test_the_monitor_runs_every_n_epochs_and_at_the_end(whole: tuple[Path, Summary, list[Any]]) -> None:
+    lines = [event for event in whole[2] if event["event"] == "knn"]
+    assert [line["epoch"] for line in lines] == [2, 3]
+    assert all(0 <= line["knn_top1"] <= 1 for line in lines)
+    assert whole[1].knn_top1 == lines[-1]["knn_top1"]
+
+
+def test_checkpoints_come_every_n_steps_and_at_the_end(whole: tuple[Path, Summary, list[Any]]) -> None:
+    run, summary, _ = whole
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["step-000000012.pt", "step-000000010.pt"]
+    assert summary.checkpoint == str(run / "checkpoints" / names[0])
+
+
+def test_the_encoder_of_a_run_loads(whole: tuple[Path, Summary, list[Any]]) -> None:
+    run, summary, _ = whole
+    trained = load_trained(run)
+    assert (trained.step, trained.config.model) == (12, SMALL.model)
+    assert load_trained(summary.checkpoint).step == 12
+    backbone, config = load_encoder(run)
+    assert config.seed == SMALL.seed
+    assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, trained.encoder.num_features)
+
+
+def test_a_run_that_stops_and_continues_has_the_same_losses(
+    whole: tuple[Path, Summary, list[Any]], shards: Catalog, tmp_path: Path
+) -> None:
+    def stop_at_six(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "run"
+    first = pretrain(SMALL, shards=shards.root, run_dir=run, on_event=stop_at_six)
+    assert (first.stopped_by, first.finished) == ("SIGTERM", False)
+    assert first.step < 12
+    assert load_checkpoint(Path(first.checkpoint)).step == first.step
+    # Another cadence of checkpoints, another prefetch: not another run.
+    rest = dataclasses.replace(small(checkpoint_steps=100), speed=Speed(loader_threads=1, prefetch=3))
+    second = pretrain(rest, shards=shards.root, run_dir=run, resume=True)
+    assert second.finished
+    assert _losses(run) == _losses(whole[0])
+
+
+def test_a_finished_run_resumes_to_nothing(whole: tuple[Path, Summary, list[Any]], shards: Catalog) -> None:
+    run, summary, _ = whole
+    before = (run / "log.jsonl").read_text().count('"step"')
+    again = pretrain(small(knn_epochs=2), shards=shards.root, run_dir=run, resume=True)
+    assert (again.step, again.checkpoint) == (12, summary.checkpoint)
+    assert (run / "log.jsonl").read_text().count('"step"') == before + 3  # start, note, end
+
+
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(shards: Catalog, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(SMALL, shards=shards.root, run_dir=run)
+    losses = _losses(run)
+    newest = list_checkpoints(run / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    notes: list[str] = []
+
+    def take(event: Mapping[str, Any]) -> None:
+        if event["event"] == "note":
+            notes.append(event["text"])
+
+    pretrain(SMALL, shards=shards.root, run_dir=run, resume=True, on_event=take)
+    assert "step-000000012.pt is cut short" in notes[0]
+    assert notes[1] == "continuing after step 10"
+    assert _losses(run) == losses
+
+
+def test_a_folder_with_another_run_is_refused(
+    whole: tuple[Path, Summary, list[Any]], shards: Catalog, tmp_path: Path
+) -> None:
+    run = whole[0]
+    with pytest.raises(UserError, match="holds a run already; --resume continues it"):
+        pretrain(SMALL, shards=shards.root, run_dir=run)
+    other = dataclasses.replace(SMALL, model=Model(encoder="resnet18"))
+    with pytest.raises(UserError, match=r"holds another run: model\.\w+="):
+        pretrain(other, shards=shards.root, run_dir=run, resume=True)
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds something that is no run"):
+        pretrain(SMALL, shards=shards.root, run_dir=tmp_path)
+    with pytest.raises(UserError, match="is a file; --run names a folder"):
+        pretrain(SMALL, shards=shards.root, run_dir=tmp_path / "photo.jpg")
+
+
+def test_resume_without_a_run_starts_one(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=1))
+    assert pretrain(config, shards=shards.root, run_dir=tmp_path / "new", resume=True).step == 1
+
+
+def test_a_length_in_iterations_may_end_within_an_epoch(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(small(log_steps=4), schedule=Schedule(epochs=None, iterations=6))
+    assert pretrain(config, shards=shards.root, run_dir=tmp_path).step == 6
+    assert [line["step"] for line in RunFolder(tmp_path).load_log("step")] == [4, 6]
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, optim=Optim(global_batch=16, lr=1e30))
+    with pytest.raises(UserError, match=r"the loss is \w+ at step \d+.*lower --lr"):
+        pretrain(config, shards=shards.root, run_dir=tmp_path)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_the_log_goes_to_tensorboard_too(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        small(trackers=("tensorboard",)), schedule=Schedule(epochs=None, iterations=2)
+    )
+    pretrain(config, shards=shards.root, run_dir=tmp_path)
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_not_there_is_refused(shards: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are tensorboard"):
+        pretrain(small(trackers=("tensorbord",)), shards=shards.root, run_dir=tmp_path)
+
+
+def test_bf16_learns_nearly_the_same(shards: Catalog, tmp_path: Path) -> None:
+    short = dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=3))
+    for precision in ("fp32", "bf16"):
+        config = dataclasses.replace(short, speed=dataclasses.replace(SMALL.speed, precision=precision))
+        pretrain(config, shards=shards.root, run_dir=tmp_path / precision)
+    fp32, bf16 = _losses(tmp_path / "fp32"), _losses(tmp_path / "bf16")
+    assert fp32 != bf16
+    assert bf16 == pytest.approx(fp32, rel=0.05)

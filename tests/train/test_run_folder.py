@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.train.small import SMALL
+
+from linerate.shards.errors import UserError
+from linerate.train.config_json import load_config
+from linerate.train.run_folder import RunFolder
+
+
+def _events(*steps: int) -> list[dict[str, object]]:
+    return [{"event": "step", "step": step, "loss": step / 3} for step in steps]
+
+
+def test_the_log_is_cut_back_to_the_steps_that_are_done(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(SMALL, done_steps=0)
+    for event in _events(1, 2, 3):
+        folder.append(event)
+    with folder.log.open("a") as file:
+        file.write('{"event": "st')  # a kill within a write
+    folder.start(SMALL, done_steps=2)
+    folder.append(_events(3)[0])
+    assert [json.loads(line) for line in folder.log.read_text().splitlines()] == _events(1, 2, 3)
+    assert folder.load_log("step") == _events(1, 2, 3)
+    assert folder.load_log("knn") == []
+    assert load_config(folder.config) == SMALL
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+    RunFolder(tmp_path).require_unused()
+    RunFolder(tmp_path / "new").require_unused()
+    assert RunFolder(tmp_path / "new").resume(SMALL) == (None, [])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_began_is_not_started_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(SMALL, done_steps=0)
+    with pytest.raises(UserError, match="--resume continues it"):
+        folder.require_unused()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds something that is no run"):
+        RunFolder(tmp_path).resume(SMALL)

@@ -1,0 +1,1 @@
+"""Two views -> a MoCo encoder: step, loop, checkpoints, evaluation, export."""

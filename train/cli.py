@@ -1,0 +1,187 @@
+"""`linerate train`, `linerate eval` and `linerate export`: words to configs, results to the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError
+from linerate.shards.terminal import dispatch, emit_json, parse_args
+from linerate.train.config import TrainConfig
+from linerate.train.evaluate.cli import main_knn
+from linerate.train.plan import plan_rows, plan_run
+from linerate.train.recipes import RECIPES, decide_lr, find_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFlags(TrainConfig):
+    """TrainConfig as flags; the recipe is the command's first word instead."""
+
+    recipe: tyro.conf.Suppress[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
+
+    shards: Path | None = None
+    """Folder that `linerate shard pack` made; --dry-run does without."""
+    # Under torchrun only the long name works: it takes --run for a beginning of its own --run-path.
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
+    """Folder for log, checkpoints and config; under torchrun write --run-dir."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint in --run; start anew where there is none."""
+    scale_lr: bool = False
+    """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
+    dry_run: bool = False
+    """Print the plan (steps, learning rates, memory) and stop."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+    config: ConfigFlags
+
+
+def main_train(argv: list[str]) -> int:
+    """`linerate train RECIPE --shards OUT --run DIR [--resume] [--dry-run] [flags of the recipe]`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        _print_recipes()
+        return 0
+    if argv[0].startswith("-"):
+        raise UserError(f"the recipe comes first, as in `linerate train {next(iter(RECIPES))} {argv[0]} ...`")
+    recipe = find_recipe(argv[0])
+    command, config = parse_train(argv)
+    if command.dry_run:
+        return _dry_run(command, config, nominal_images=recipe.num_images)
+    if command.shards is None or command.run is None:
+        missing = "--shards" if command.shards is None else "--run"
+        raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
+    return _train(command, config, shards=command.shards, run=command.run)
+
+
+def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
+    """The command and the config of `linerate train` argv, with the decision about lr made."""
+    recipe = find_recipe(argv[0]).build()
+    default = TrainCommand(config=ConfigFlags(**_fields(recipe)))
+    words = _one_length(argv[1:])
+    command = parse_args(TrainCommand, words, prog=f"linerate train {argv[0]}", default=default)
+    config = TrainConfig(**_fields(command.config))
+    lr_given = _is_given("--lr", words)
+    return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
+
+
+def _one_length(words: list[str]) -> list[str]:
+    """The words, with the recipe's own length switched off where they give one in the other unit."""
+    for given, other in (("--epochs", "--iterations"), ("--iterations", "--epochs")):
+        if _is_given(given, words) and not _is_given(other, words):
+            return [*words, other, "None"]
+    return words
+
+
+def _is_given(flag: str, words: list[str]) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+
+
+def _print_recipes() -> None:
+    console = Console()
+    console.print("usage: linerate train RECIPE --shards FOLDER --run FOLDER [--resume] [--dry-run] ...\n")
+    table = Table(box=None, show_header=False)
+    for name, recipe in RECIPES.items():
+        table.add_row(f"[bold cyan]{name}[/]", recipe.title)
+    console.print(table)
+    console.print("\n`linerate train RECIPE --help` lists the flags with the recipe's values.")
+
+
+def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
+    from linerate.train.memory import estimate_memory
+
+    num_images = Catalog.load(command.shards).num_samples if command.shards else nominal_images
+    if num_images is None:
+        raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_run(config, num_images=num_images, world_size=world_size)
+    memory = estimate_memory(config, rank_batch=plan.rank_batch)
+    if command.json:
+        from linerate.train.config_json import to_plain
+
+        emit_json({"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)})
+        return 0
+    table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
+    for name, value in plan_rows(plan, memory):
+        table.add_row(name, value)
+    Console().print(table)
+    return 0
+
+
+def _train(command: TrainCommand, config: TrainConfig, *, shards: Path, run: Path) -> int:
+    from linerate.train.display import show_run
+    from linerate.train.pretrain import pretrain
+
+    if int(os.environ.get("RANK", "0")):
+        pretrain(config, shards=shards, run_dir=run, resume=command.resume)
+        return 0
+    with show_run(f"{config.recipe} in {run}") as on_event:
+        summary = pretrain(config, shards=shards, run_dir=run, resume=command.resume, on_event=on_event)
+    result = {"run": str(run), "finished": summary.finished, **dataclasses.asdict(summary)}
+    if command.json:
+        emit_json(result)
+    else:
+        table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
+        for name, value in result.items():
+            if value is not None:
+                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        Console().print(table)
+    if summary.stopped_by is not None:
+        show = f"stopped by {summary.stopped_by} after step {summary.step:,}; --resume continues"
+        Console(stderr=True).print(show, highlight=False)
+    # A preempted job (SIGTERM) is not a failed one: its scheduler starts it again.
+    return 130 if summary.stopped_by == "SIGINT" else 0
+
+
+def main_eval(argv: list[str]) -> int:
+    """`linerate eval knn RUN --train SHARDS ...`."""
+    commands = {"knn": (main_knn, "k nearest neighbours among labelled images vote for the class")}
+    return dispatch(commands, argv, prog="linerate eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write the query encoder for another library, with a model card; checked by loading it there."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one checkpoint of it."""
+    to: Literal["torchvision", "timm", "safetensors"]
+    """The library: its names and its layout; safetensors keeps ours, with the head."""
+    out: Path
+    """File to write; its model card is beside it, OUT.md."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+
+
+def main_export(argv: list[str]) -> int:
+    """`linerate export RUN --to torchvision|timm|safetensors --out FILE`."""
+    command = parse_args(ExportCommand, argv, prog="linerate export")
+
+    from linerate.train.checkpoint import load_trained
+    from linerate.train.export import export_encoder
+
+    report = export_encoder(load_trained(command.run), target=command.to, out=command.out)
+    result = dataclasses.asdict(report)
+    if command.json:
+        emit_json(result)
+        return 0
+    table = Table(title=f"{command.run} for {command.to}", title_justify="left", show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+    return 0

@@ -1,0 +1,308 @@
+"""What one pretraining run is made of: what changes its results, `speed`, which may not, and `watch`.
+
+Legend: B images in a global batch, W ranks, K keys in the dictionary, C dimensions of a key.
+Field names are unique over the whole tree, so that each is one flag: `--lr`, `--num-keys`, `--epochs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from linerate.pipeline.order import default_num_lanes
+from linerate.pipeline.recipe import OneView, ViewRecipe, find_recipe
+from linerate.shards.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How two views of an image are drawn."""
+
+    augmentation: Literal["v1", "v2", "v3"] = "v2"
+    """The paper's augmentation: v1 (no blur), v2 (blur, jitter with p 0.8), v3 (asymmetric)."""
+    size: int = 224
+    """Side of a view, pixels."""
+    crop_min: float | None = None
+    """Smallest share of the image's area that a crop may take; None: the augmentation's own."""
+    blur: bool = True
+    """Whether an augmentation that has blur uses it (at 32 pixels it does harm)."""
+    backend: Literal["dali", "torch", "synthetic"] = "dali"
+    """What draws the views: dali and torch agree within the parity bound; synthetic is noise, for timing."""
+
+    def __post_init__(self) -> None:
+        _at_least("size", self.size, 8)
+        if self.crop_min is not None and not 0 < self.crop_min <= 1:
+            raise UserError(f"crop_min={self.crop_min} is no share of an area; give one in (0, 1]")
+
+    def recipe(self) -> ViewRecipe:
+        """The augmentation with this size and these exceptions, as the pipeline takes it."""
+        recipe = find_recipe(self.augmentation, size=self.size)
+        return dataclasses.replace(recipe, query=self._view(recipe.query), key=self._view(recipe.key))
+
+    def _view(self, view: OneView) -> OneView:
+        if self.crop_min is not None:
+            view = dataclasses.replace(view, crop_scale=(self.crop_min, view.crop_scale[1]))
+        return view if self.blur else dataclasses.replace(view, blur_probability=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The encoder f: a backbone and a projection head to C dimensions."""
+
+    encoder: str = "resnet50"
+    """Backbone: tiny-resnet, resnet18, resnet50, ... or any timm name."""
+    dim: int = 128
+    """C: dimensions of a query and a key."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection: linear (v1) or mlp, with one hidden layer (v2)."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers: 7x7 stride 2 and max-pool, or 3x3 stride 1 for images of some 32 pixels."""
+    ema_momentum: float = 0.999
+    """m: theta_k <- m theta_k + (1 - m) theta_q."""
+
+    def __post_init__(self) -> None:
+        _at_least("dim", self.dim, 1)
+        if not 0 <= self.ema_momentum < 1:
+            raise UserError(
+                f"ema_momentum={self.ema_momentum} must be in [0, 1): at 1 the key encoder never learns; "
+                "the paper's is 0.999"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """The queue of keys."""
+
+    num_keys: int = 65536
+    """K: keys in the queue; any number, it need not be a multiple of the batch."""
+
+    def __post_init__(self) -> None:
+        _at_least("num_keys", self.num_keys, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """InfoNCE."""
+
+    temperature: float = 0.07
+    """tau: the logits are divided by it."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature} must be above 0; v1 has 0.07, v2 0.2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffleBN:
+    """Which images share BatchNorm statistics, and among which the keys are permuted."""
+
+    bn_group: int = 32
+    """g: images that share BN statistics (the paper's is the batch of one of its GPUs)."""
+    shuffle: bool = True
+    """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9)."""
+    shuffle_block: int | None = None
+    """Images among which keys change places; None: the global batch, on however many ranks it lies."""
+
+    def __post_init__(self) -> None:
+        _at_least("bn_group", self.bn_group, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """SGD; weight decay acts on every parameter, BN and biases included, as in the reference."""
+
+    global_batch: int = 256
+    """B: images of one step over all ranks."""
+    lr: float = 0.03
+    """Learning rate at the start."""
+    sgd_momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty."""
+
+    def __post_init__(self) -> None:
+        _at_least("global_batch", self.global_batch, 2)
+        if not self.lr > 0:
+            raise UserError(f"lr={self.lr} must be above 0; the paper's is 0.03 at a batch of 256")
+        if not 0 <= self.sgd_momentum < 1:
+            raise UserError(f"sgd_momentum={self.sgd_momentum} must be in [0, 1); the paper's is 0.9")
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay={self.weight_decay} must not be negative; the paper's is 1e-4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, and the learning rate over that time."""
+
+    decay: Literal["step", "cosine", "exponential"] = "step"
+    """step: x factor at milestones; cosine: half a cycle to 0; exponential: x factor each decay_steps."""
+    epochs: int | None = 200
+    """Length in epochs (a short last batch is dropped), or None where `iterations` counts."""
+    iterations: int | None = None
+    """Length in iterations, or None where `epochs` counts."""
+    milestones: tuple[int, ...] = (120, 160)
+    """step: the epochs from which the next decay holds."""
+    factor: float = 0.1
+    """step and exponential: what one decay multiplies by."""
+    decay_steps: int = 62_500
+    """exponential: iterations between two decays."""
+    cosine_per: Literal["epoch", "step"] = "epoch"
+    """cosine: stepped per epoch, as in the reference, or per iteration."""
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.iterations is None):
+            raise UserError(
+                f"epochs={self.epochs} and iterations={self.iterations}: a run has exactly one length; "
+                "set the other one to None"
+            )
+        _at_least("epochs", self.epochs, 1)
+        _at_least("iterations", self.iterations, 1)
+        _at_least("decay_steps", self.decay_steps, 1)
+        if not 0 < self.factor <= 1:
+            raise UserError(f"factor={self.factor} must be in (0, 1]; step has 0.1, exponential 0.9")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"milestones={self.milestones} must rise from epoch to epoch, as 120 160")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Switches that may not change results beyond the bounds stated in the tests."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32."""
+    channels_last: bool = True
+    """Whether activations lie NHWC in memory."""
+    compile: bool = False
+    """Whether torch.compile works on the encoders."""
+    loader_threads: int | None = None
+    """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
+    prefetch: int = 2
+    """Batches that the loader prepares ahead."""
+
+    def __post_init__(self) -> None:
+        _at_least("loader_threads", self.loader_threads, 1)
+        _at_least("prefetch", self.prefetch, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is reported and kept; nothing here changes a result."""
+
+    log_steps: int = 50
+    """Iterations between two lines of the log; the device is read then and only then."""
+    checkpoint_steps: int = 1000
+    """Iterations between two checkpoints; one more is written at the end and on a signal."""
+    keep_checkpoints: int = 3
+    """Checkpoints that stay on the disk, newest first."""
+    knn_epochs: int = 0
+    """Epochs between two runs of the kNN monitor; 0: never."""
+    knn_train: str | None = None
+    """Labelled shards that the monitor votes with; None: the training shards, less a held-out share."""
+    knn_test: str | None = None
+    """Labelled shards that the monitor judges; None: the held-out share of the others."""
+    knn_test_share: float = 0.1
+    """Share of the samples that is held out where there are no test shards."""
+    knn_limit: int = 50_000
+    """Most images of each of the two sets that the monitor looks at."""
+    knn_k: int = 200
+    """k: neighbours that vote."""
+    knn_temperature: float = 0.1
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    knn_features: Literal["backbone", "projection"] = "backbone"
+    """What is compared: the pooled features, or the C-dimensional queries."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate's trackers besides log.jsonl, as `tensorboard`."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_steps", "checkpoint_steps", "keep_checkpoints", "knn_k", "knn_limit"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("knn_epochs", self.knn_epochs, 0)
+        if not 0 < self.knn_test_share < 1:
+            raise UserError(f"knn_test_share={self.knn_test_share} must lie between 0 and 1, as 0.1")
+        if not self.knn_temperature > 0:
+            raise UserError(f"knn_temperature={self.knn_temperature} must be above 0, as 0.07 or 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Everything but `speed` and `watch` changes its results."""
+
+    recipe: str
+    """The name of the recipe that it started from."""
+    seed: int = 0
+    """Seeds the encoder, the queue, the order, the draws and the permutations."""
+    num_lanes: int | None = None
+    """L: streams that a global batch is drawn from (divides B); None: what the pipeline derives from B."""
+    views: Views = field(default_factory=Views)
+    model: Model = field(default_factory=Model)
+    dictionary: Dictionary = field(default_factory=Dictionary)
+    loss: Loss = field(default_factory=Loss)
+    bn: ShuffleBN = field(default_factory=ShuffleBN)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    speed: Speed = field(default_factory=Speed)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        batch, group, block = self.optim.global_batch, self.bn.bn_group, self.shuffle_block
+        _divides("bn_group", group, "global_batch", batch)
+        if self.bn.shuffle:
+            _divides("shuffle_block", block, "global_batch", batch)
+            _divides("bn_group", group, "shuffle_block", block)
+            if block < 2 * group:
+                raise UserError(
+                    f"shuffle_block={block} holds one BN group (bn_group={group}): keys cannot change it; "
+                    f"give a bn_group of at most {block // 2}, or --no-shuffle for the ablation"
+                )
+        if self.num_lanes is not None:
+            _at_least("num_lanes", self.num_lanes, 1)
+            _divides("num_lanes", self.num_lanes, "global_batch", batch)
+
+    @property
+    def shuffle_block(self) -> int:
+        """Images among which keys change places: bn.shuffle_block, or the global batch."""
+        return self.bn.shuffle_block or self.optim.global_batch
+
+    @property
+    def lanes(self) -> int:
+        """L: num_lanes, or what the pipeline derives from the global batch."""
+        return self.num_lanes or default_num_lanes(self.optim.global_batch)
+
+    def rank_batch(self, world_size: int) -> int:
+        """B / W. Raises UserError, with the nearest W that fit, where W ranks cannot share the batch."""
+        fits = [w for w in range(1, self.optim.global_batch + 1) if self._fits(w)]
+        if world_size in fits:
+            return self.optim.global_batch // world_size
+        below = [w for w in fits if w < world_size][-1:]
+        above = [w for w in fits if w > world_size][:1]
+        raise UserError(
+            f"global_batch={self.optim.global_batch} (whole groups of bn_group={self.bn.bn_group} on a rank, "
+            f"num_lanes={self.lanes}) does not fit on {world_size} ranks; "
+            f"the nearest that do: {', '.join(map(str, below + above))}"
+        )
+
+    def _fits(self, world_size: int) -> bool:
+        batch = self.optim.global_batch
+        return (
+            batch % world_size == 0
+            and (batch // world_size) % self.bn.bn_group == 0
+            and self.lanes % world_size == 0
+        )
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{name}={value} is too small; the least is {least}")
+
+
+def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    if 1 <= part <= whole and whole % part == 0:
+        return
+    fits = [d for d in range(1, whole + 1) if whole % d == 0]
+    below = [d for d in fits if d < part][-1:]
+    above = [d for d in fits if d > part][:1]
+    raise UserError(
+        f"{name}={part} does not divide {whole_name}={whole}; "
+        f"the nearest that do: {', '.join(map(str, below + above))}"
+    )

@@ -1,0 +1,126 @@
+"""What people see while a run goes on: a live panel on a terminal, one line a log entry elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from linerate.shards.terminal import stderr
+
+Event = Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def show_run(title: str, *, console: Console = stderr) -> Iterator[Callable[[Event], None]]:
+    """Yields on_event: give it every event of pretrain(). The panel stays on the screen at its last state."""
+    if not console.is_terminal:
+        yield lambda event: _print_line(event, console)
+        return
+    panel = RunPanel(title)
+    with Live(panel, console=console, refresh_per_second=4) as live:
+
+        def on_event(event: Event) -> None:
+            panel.take(event)
+            if event["event"] in ("note", "checkpoint"):
+                live.console.print(Text(plain_line(event)), overflow="fold")
+
+        yield on_event
+
+
+def plain_line(event: Event) -> str:
+    """One event in at most 80 columns, paths apart."""
+    kind = event["event"]
+    if kind == "start":
+        return (
+            f"{event['total_steps']:,} steps, {event['steps_per_epoch']:,} an epoch; "
+            f"chance ln(K+1) = {event['chance_loss']:.3f}; {event['device']}"
+        )
+    if kind == "step":
+        return (
+            f"{event['step']:,}/{event['total_steps']:,} loss {event['loss']:.3f} "
+            f"top-1 {percent(event['pretext_top1'])} {event['images_per_s']:,.0f} img/s "
+            f"wait {percent(event['data_wait_share'], digits=0)} left {clock(event['left_s'])}"
+        )
+    if kind == "knn":
+        return (
+            f"epoch {event['epoch']}: kNN {percent(event['knn_top1'])} of {event['num_test']:,} test images"
+        )
+    if kind == "checkpoint":
+        return f"checkpoint at step {event['step']:,}: {event['path']}"
+    if kind == "end":
+        return f"{'finished' if event['finished'] else 'stopped'} after step {event['step']:,}"
+    return str(event["text"])
+
+
+def percent(share: float, *, digits: int = 1) -> str:
+    """A share in [0, 1] as `12.3%`."""
+    return f"{100 * share:.{digits}f}%"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+class RunPanel:
+    """The state of a run, as rich draws it."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.start: Event = {}
+        self.step: Event = {}
+        self.knn: Event = {}
+
+    def take(self, event: Event) -> None:
+        """Keep the event where the panel shows it."""
+        if event["event"] in ("start", "step", "knn"):
+            setattr(self, event["event"], dict(event))
+
+    def __rich__(self) -> RenderableType:
+        if not self.start:
+            return Panel("opening the shards ...", title=self.title, title_align="left")
+        done, total = self.step.get("step", self.start["step"]), self.start["total_steps"]
+        head = Table.grid(padding=(0, 2))
+        head.add_column()
+        head.add_column(no_wrap=True)
+        left = f"left {clock(self.step['left_s'])}" if self.step else "first steps"
+        head.add_row(ProgressBar(total=total, completed=done, width=24), f"{done:,}/{total:,}  {left}")
+        return Panel(Group(head, self._numbers()), title=self.title, title_align="left")
+
+    def _numbers(self) -> Table:
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim")
+        rows.add_column(no_wrap=True)
+        rows.add_column(style="dim")
+        step = self.step
+        loss = f"{step['loss']:.3f}" if step else "-"
+        rows.add_row("loss", loss, f"chance {self.start['chance_loss']:.3f}")
+        if step:
+            rows.add_row("pretext", f"top-1 {percent(step['pretext_top1'])}", _top5(step))
+            rows.add_row("speed", f"{step['images_per_s']:,.0f} images/s", _wait(step))
+            rows.add_row("rate", f"lr {step['lr']:.3g}", f"epoch {step['epoch'] + 1:,}")
+        if self.knn:
+            rows.add_row("kNN", percent(self.knn["knn_top1"]), f"after epoch {self.knn['epoch']:,}")
+        return rows
+
+
+def _top5(step: Event) -> str:
+    return f"top-5 {percent(step['pretext_top5'])}"
+
+
+def _wait(step: Event) -> str:
+    return f"waiting for data {percent(step['data_wait_share'], digits=0)}"
+
+
+def _print_line(event: Event, console: Console) -> None:
+    # soft_wrap: a log line is one line, however narrow the console thinks it is.
+    console.print(plain_line(event), soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""Protocols that judge an encoder: kNN, linear probe, fine-tuning, detection."""

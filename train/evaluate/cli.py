@@ -1,0 +1,105 @@
+"""`linerate eval knn`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError
+from linerate.shards.terminal import emit_json, parse_args, progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnCommand:
+    """kNN on an encoder's features: no training, no parameters."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one checkpoint of it."""
+    train: Path
+    """Labelled shards that vote."""
+    test: Path | None = None
+    """Labelled shards that are judged; without them a share of --train is held out."""
+    test_share: float = 0.1
+    """Share of --train that is held out, by a hash of the sample's id."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    features: Literal["backbone", "projection"] = "backbone"
+    """What is compared: the pooled features, or the C-dimensional queries."""
+    size: int | None = None
+    """Side of the images, pixels; None: the one of training."""
+    controls: bool = False
+    """Also judge raw pixels and the encoder before its first step, on the same images."""
+    threads: int | None = None
+    """Threads that decode; None: this process's cores."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_share < 1:
+            raise UserError(f"--test-share {self.test_share} must lie between 0 and 1, as 0.1")
+        if self.k < 1 or not self.temperature > 0:
+            raise UserError(f"--k {self.k} must be at least 1, --temperature {self.temperature:g} above 0")
+
+
+def main_knn(argv: list[str]) -> int:
+    """`linerate eval knn RUN --train SHARDS [--test SHARDS] [--controls]`."""
+    command = parse_args(KnnCommand, argv, prog="linerate eval knn")
+    result = run_knn(command)
+    if command.json:
+        emit_json(result)
+        return 0
+    num_train, num_test = (result["results"][0][name] for name in ("num_train", "num_test"))
+    title = f"kNN, k {command.k}, T {command.temperature:g}, {num_train:,} images vote"
+    table = Table("features", "dimensions", f"top-1 of {num_test:,}", title=title, title_justify="left")
+    for row in result["results"]:
+        table.add_row(row["name"], f"{row['dim']:,}", f"{100 * row['knn_top1']:.1f} %")
+    Console().print(table)
+    return 0
+
+
+def run_knn(command: KnnCommand) -> dict[str, Any]:
+    """What the command prints: how it was judged, and one result for the encoder and each control."""
+    import torch
+
+    from linerate.train.checkpoint import load_trained
+    from linerate.train.evaluate.features import open_split
+    from linerate.train.evaluate.judge import KnnOptions, contestants, encoder_features, judge_by_knn
+
+    trained = load_trained(command.run)
+    test = Catalog.load(command.test) if command.test else None
+    split = open_split(Catalog.load(command.train), test, test_share=command.test_share)
+    options = KnnOptions(
+        size=command.size or trained.config.views.size,
+        k=command.k,
+        temperature=command.temperature,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        num_threads=command.threads,
+    )
+    if command.controls:
+        entries = contestants(trained, split, options, features=command.features)
+    else:
+        encode = encoder_features(trained.encoder, command.features, device=options.device)
+        entries = {f"step {trained.step:,}": encode}
+    results = []
+    for name, encode in entries.items():
+        with progress(name, total=len(split.train) + len(split.test), unit="images") as advance:
+            results.append({"name": name, **judge_by_knn(encode, split, options, advance=advance)})
+    return {
+        "run": str(command.run),
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "features": command.features,
+        "k": options.k,
+        "temperature": options.temperature,
+        "size": options.size,
+        "num_classes": split.num_classes,
+        "results": results,
+    }

@@ -1,0 +1,84 @@
+"""kNN on a split of labelled shards, for the monitor in training and for `linerate eval knn` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.encoder import Encoder
+from linerate.train.evaluate.controls import calibrate_bn, raw_pixels, untrained_encoder
+from linerate.train.evaluate.features import Encode, Split, extract_features, open_evaluation
+from linerate.train.evaluate.knn import knn_accuracy
+
+Features = Literal["backbone", "projection"]
+CALIBRATION_IMAGES = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions:
+    """How kNN judges."""
+
+    size: int
+    """Side of the images, pixels."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    device: str = "cpu"
+    num_threads: int | None = None
+    """Threads that decode; None: this process's cores."""
+
+
+def judge_by_knn(
+    encode: Encode, split: Split, options: KnnOptions, *, advance: Callable[[float], None] = lambda _: None
+) -> dict[str, Any]:
+    """knn_top1 in [0, 1] and the images it stands on. advance is told how many images are done."""
+    (train, train_labels), (test, test_labels) = (
+        extract_features(
+            encode,
+            part,
+            size=options.size,
+            device=options.device,
+            num_threads=options.num_threads,
+            advance=advance,
+        )
+        for part in (split.train, split.test)
+    )
+    top1 = knn_accuracy(
+        train,
+        train_labels,
+        test,
+        test_labels,
+        k=options.k,
+        temperature=options.temperature,
+        num_classes=split.num_classes,
+    )
+    return {"knn_top1": top1, "num_train": len(train), "num_test": len(test), "dim": train.shape[1]}
+
+
+def encoder_features(encoder: Encoder, features: Features, *, device: str) -> Encode:
+    """The encoder, moved to the device, in eval mode, as a function of uint8 images."""
+    moved = encoder.to(device).eval()
+    return moved.features if features == "backbone" else moved
+
+
+def contestants(
+    trained: TrainedEncoder, split: Split, options: KnnOptions, *, features: Features = "backbone"
+) -> dict[str, Encode]:
+    """The trained encoder and its two controls, in this order: trained, untrained, raw pixels.
+
+    The untrained encoder gets the BN statistics of some of the images that vote.
+    """
+    untrained = untrained_encoder(trained.config).to(options.device)
+    samples = split.train.first(CALIBRATION_IMAGES)
+    batches = open_evaluation(
+        samples, size=options.size, device=options.device, num_threads=options.num_threads
+    )
+    calibrate_bn(untrained, (part.images for part in batches))
+    return {
+        f"step {trained.step:,}": encoder_features(trained.encoder, features, device=options.device),
+        "untrained encoder": encoder_features(untrained, features, device=options.device),
+        "raw pixels": raw_pixels,
+    }

@@ -1,0 +1,147 @@
+"""The query encoder's weights for other libraries, each checked by loading it there again.
+
+`torchvision` and `timm` get the backbone under their own names, `safetensors` the whole encoder under ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from linerate.shards.errors import UserError
+from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.encoder import build_encoder
+from linerate.train.model_card import model_card
+
+Target = Literal["torchvision", "timm", "safetensors"]
+TOLERANCE = 1e-5
+
+TORCHVISION_NAMES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and how far the other library's features are from ours."""
+
+    target: str
+    out: Path
+    card: Path
+    num_tensors: int
+    num_parameters: int
+    max_difference: float
+    """Largest difference of a feature, relative to the largest feature; at most TOLERANCE."""
+
+
+def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> ExportReport:
+    """Write the weights and a model card; check that the target's library gives the same features.
+
+    `out` exists only if the check passed. Raises UserError where the target has no such network.
+    """
+    load = _loader(trained, target)
+    as_safetensors = out.suffix == ".safetensors"
+    if target == "safetensors" and not as_safetensors:
+        raise UserError(f"--out {out} does not end in .safetensors; name it {out.stem}.safetensors")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
+    weights = (
+        trained.encoder.state_dict() if target == "safetensors" else trained.encoder.backbone.state_dict()
+    )
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        _write(weights, temporary, trained, as_safetensors=as_safetensors)
+        difference = _difference(trained, load(temporary))
+        if difference > TOLERANCE:
+            raise RuntimeError(f"{target} gives features that differ by {difference:.2e}: a defect of ours")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    report = ExportReport(
+        target=target,
+        out=out,
+        card=out.with_name(f"{out.name}.md"),
+        num_tensors=len(weights),
+        num_parameters=sum(parameter.numel() for parameter in trained.encoder.backbone.parameters()),
+        max_difference=difference,
+    )
+    card = model_card(
+        trained,
+        target=target,
+        file_name=out.name,
+        num_parameters=report.num_parameters,
+        max_difference=difference,
+    )
+    report.card.write_text(card, encoding="utf-8")
+    return report
+
+
+def _loader(trained: TrainedEncoder, target: Target) -> Callable[[Path], nn.Module]:
+    """Builds the target library's network, its weights from a file: normalised images -> features."""
+    model = trained.config.model
+    name, stem = model.encoder, model.stem
+    if target == "safetensors":
+        return lambda path: _load_own(trained, path)
+    if stem != "imagenet":
+        raise UserError(f"{target} has no {name} with stem={stem}; export it with --to safetensors")
+    if target == "torchvision":
+        if name not in TORCHVISION_NAMES:
+            raise UserError(
+                f"torchvision has no {name}; it has {', '.join(TORCHVISION_NAMES)}: "
+                f"use --to {'timm' if timm.is_model(name) else 'safetensors'}"
+            )
+        return lambda path: _load_torchvision(name, path)
+    if not timm.is_model(name):
+        raise UserError(f"timm has no {name}; export it with --to safetensors")
+    return lambda path: timm.create_model(name, num_classes=0, checkpoint_path=str(path))
+
+
+def _load_torchvision(name: str, path: Path) -> nn.Module:
+    model: nn.Module = getattr(torchvision.models, name)()
+    missing, unexpected = model.load_state_dict(_read(path), strict=False)
+    if unexpected or missing != ["fc.weight", "fc.bias"]:
+        raise RuntimeError(f"torchvision's {name} lacks {unexpected} and misses {missing}: a defect of ours")
+    model.fc = nn.Identity()
+    return model
+
+
+def _load_own(trained: TrainedEncoder, path: Path) -> nn.Module:
+    model = trained.config.model
+    encoder = build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem)
+    encoder.load_state_dict(_read(path))
+    return encoder.backbone
+
+
+def _write(weights: dict[str, Tensor], path: Path, trained: TrainedEncoder, *, as_safetensors: bool) -> None:
+    if not as_safetensors:
+        torch.save(weights, path)
+        return
+    about = {"format": "pt", "encoder": trained.config.model.encoder, "recipe": trained.config.recipe}
+    safetensors.torch.save_file(weights, path, metadata={**about, "step": str(trained.step)})
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return dict(safetensors.torch.load_file(path))
+    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+@torch.inference_mode()
+def _difference(trained: TrainedEncoder, other: nn.Module) -> float:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 96, 96, generator=generator)
+    ours, theirs = trained.encoder.backbone.eval()(images), other.eval()(images)
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))

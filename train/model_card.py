@@ -1,0 +1,66 @@
+"""What exported weights are, in Markdown: for whoever finds the file a year later."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from linerate.train.checkpoint import TrainedEncoder
+
+
+def model_card(
+    trained: TrainedEncoder, *, target: str, file_name: str, num_parameters: int, max_difference: float
+) -> str:
+    """The card: what the weights are, how the target library loads them, what they were made with."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(trained, num_parameters))
+    return f"""# {trained.config.model.encoder}, pretrained with MoCo ({trained.config.recipe})
+
+| | |
+|---|---|
+{rows}
+
+Input: RGB in [0, 1], less the mean (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225).
+
+```python
+{_usage(trained, target=target, file_name=file_name)}
+```
+
+Loaded so, its features were equal to the run's own to {max_difference:.1e} of the largest.
+"""
+
+
+def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]:
+    config = trained.config
+    model, optim, views = config.model, config.optim, config.views
+    return [
+        ("encoder", f"{model.encoder}, stem {model.stem}, {num_parameters:,} parameters without the head"),
+        ("recipe", f"{config.recipe}, seed {config.seed}"),
+        ("views", f"augmentation {views.augmentation}, {views.size} pixels"),
+        ("dictionary", f"queue of K = {config.dictionary.num_keys:,} keys, m = {model.ema_momentum}"),
+        ("loss", f"InfoNCE, temperature {config.loss.temperature}"),
+        ("head", f"{model.head}, to {model.dim} dimensions (not in the file unless it is safetensors)"),
+        (
+            "optimizer",
+            f"SGD, batch {optim.global_batch}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}",
+        ),
+        ("trained", f"{trained.step:,} steps, {trained.images:,} images"),
+        ("checkpoint", trained.path.name),
+        ("versions", ", ".join(f"{name} {version(name)}" for name in ("linerate", "torch", "timm"))),
+    ]
+
+
+def _usage(trained: TrainedEncoder, *, target: str, file_name: str) -> str:
+    model = trained.config.model
+    if target == "timm":
+        return f'model = timm.create_model("{model.encoder}", num_classes=0, checkpoint_path="{file_name}")'
+    read = "safetensors.torch.load_file" if file_name.endswith(".safetensors") else "torch.load"
+    if target == "torchvision":
+        return (
+            f"model = torchvision.models.{model.encoder}()\n"
+            f'model.load_state_dict({read}("{file_name}"), strict=False)  # all but fc, yours to train'
+        )
+    return (
+        "from linerate.train.encoder import build_encoder\n\n"
+        f'encoder = build_encoder("{model.encoder}", dim={model.dim}, head="{model.head}", '
+        f'stem="{model.stem}")\n'
+        f'encoder.load_state_dict({read}("{file_name}"))'
+    )

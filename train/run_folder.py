@@ -1,0 +1,102 @@
+"""A run's folder: config.json, log.jsonl, checkpoints/. One process writes it, rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linerate.shards.errors import UserError
+from linerate.train.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    list_checkpoints,
+    load_newest,
+    require_same_run,
+)
+from linerate.train.config import TrainConfig
+from linerate.train.config_json import write_config
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run and what may be done to them."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after that many steps lies."""
+        return self.checkpoints / checkpoint_name(step)
+
+    def resume(self, config: TrainConfig) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, None for a run that has none yet, and lines about broken ones.
+
+        Raises UserError where the folder holds another run, or something that is no run.
+        """
+        self._require_run_or_nothing()
+        found = load_newest(self.checkpoints)
+        if found is None:
+            return None, []
+        checkpoint, broken = found
+        require_same_run(checkpoint, config, run_dir=self.root)
+        return checkpoint, broken
+
+    def require_unused(self) -> None:
+        """Raise UserError where a run began here already, or something else lies here."""
+        self._require_run_or_nothing()
+        if list_checkpoints(self.checkpoints) or self.log.exists():
+            raise UserError(
+                f"{self.root} holds a run already; --resume continues it, another --run starts a new one"
+            )
+
+    def start(self, config: TrainConfig, *, done_steps: int) -> None:
+        """Make the folder, write the config, and cut the log back to the steps that are done.
+
+        A killed run's log reaches past its last checkpoint: those steps are done again and logged again.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_config(config, self.config)
+        kept = [line for line in self._log_lines() if line["step"] <= done_steps]
+        temporary = self.log.with_name(".log.jsonl")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.log)
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Add one line to the log; it is on its way to the disk when this returns."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def load_log(self, kind: str = "step") -> list[dict[str, Any]]:
+        """The log's lines of one kind (step, knn, ...), oldest first."""
+        return [line for line in self._log_lines() if line["event"] == kind]
+
+    def _log_lines(self) -> list[dict[str, Any]]:
+        if not self.log.exists():
+            return []
+        lines = []
+        for text in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue  # the line that a kill cut short
+        return lines
+
+    def _require_run_or_nothing(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root} is a file; --run names a folder")
+        if self.root.is_dir() and any(self.root.iterdir()) and not self.config.exists():
+            raise UserError(f"{self.root} holds something that is no run; name an empty or new --run folder")
