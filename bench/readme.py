@@ -1,0 +1,87 @@
+"""The parts of README.md that follow from other files: the table of results and the tree.
+
+Command: make readme
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+from linerate.bench.record import Record, latest, load_jsonl, number
+
+FOLDERS = ("shards", "pipeline", "train", "bench")
+
+
+def results_table(results: Path, *, relative_to: Path) -> str:
+    """Markdown: the newest record of every benchmark, each linked to the file that holds its line."""
+    rows = [
+        "| benchmark | against | ours | ratio (95 %) | bar | share of ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("*.jsonl")):
+        link = path.relative_to(relative_to).as_posix()
+        for record in latest(load_jsonl(path)).values():
+            rows.append(_row(record, link))
+    return "\n".join(rows)
+
+
+def _row(record: Record, link: str) -> str:
+    unmeasured = record.missing or record.refused
+    ours = unmeasured or f"{number(record.ours)} {record.unit}"
+    ratio = "" if record.ratio is None else f"{record.ratio:.2f}"
+    if record.ratio_low is not None and record.ratio_high is not None:
+        ratio += f" ({record.ratio_low:.2f} to {record.ratio_high:.2f})"
+    verdict = {True: "met", False: "not met", None: ""}[record.met]
+    bar = f"{record.bar_reads or ''} {verdict}".strip()
+    share = "" if record.ceiling_share is None else f"{record.ceiling_share:.0%} of {record.ceiling}"
+    cells = (f"[{record.name}]({link}): {record.work}", record.peer or "", ours, ratio, bar, share)
+    return f"| {' | '.join(cells)} |"
+
+
+def tree(root: Path) -> str:
+    """One line per module of the package: its path and what its docstring says first."""
+    lines = []
+    for folder in FOLDERS:
+        files = sorted((root / folder).rglob("*.py"))
+        names = [path.relative_to(root).as_posix() for path in files]
+        width = max(map(len, names))
+        lines += [
+            f"{name:<{width}}  {_first_words(path)}"
+            for name, path in zip(names, files, strict=True)
+            if path.stat().st_size
+        ]
+        lines.append("")
+    return "```text\n" + "\n".join(lines).rstrip() + "\n```"
+
+
+def _first_words(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def filled(readme: str, *, root: Path) -> str:
+    """The text of README.md with both parts made anew."""
+    for name, body in (
+        ("table", results_table(root / "bench" / "results", relative_to=root)),
+        ("tree", tree(root)),
+    ):
+        part = re.compile(rf"(<!-- {name}\b[^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        # Backslashes in the body would be taken for references to groups.
+        readme, count = part.subn(r"\1" + body.replace("\\", r"\\") + r"\n\2", readme)
+        if count != 1:
+            raise ValueError(f"README.md needs one <!-- {name} --> ... <!-- /{name} -->, it has {count}")
+    return readme
+
+
+def main() -> int:
+    """Write README.md in the current folder."""
+    path = Path("README.md")
+    path.write_text(filled(path.read_text(encoding="utf-8"), root=Path.cwd()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Named benchmarks, one module per area; each asserts equality before it times."""

@@ -1,0 +1,193 @@
+"""Where a run's time goes: its loader alone, its step alone, and both together, in pairs/s.
+
+A pair is one image in its two views. The loader and the step are the run's own, built from its config.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from linerate.bench.contest import Bar, Ceiling, Contest, Setting, timed_record
+from linerate.bench.images import load_images
+from linerate.bench.machine import noise, probe
+from linerate.bench.record import Record
+from linerate.bench.timing import MIN_ROUNDS, Side, interleave
+from linerate.pipeline.loader import ViewLoader, open_views
+from linerate.pipeline.two_views import TwoViews
+from linerate.shards.catalog import Catalog
+from linerate.shards.pack import pack
+from linerate.train.config import TrainConfig
+from linerate.train.launch import open_accelerator
+from linerate.train.learner import Learner
+from linerate.train.recipes import find_recipe
+
+NAME = "train"
+
+
+def measure_pipeline(
+    config: TrainConfig, catalog: Catalog, *, budget_s: float = 20.0, rounds: int = MIN_ROUNDS
+) -> list[Record]:
+    """Three records: the loader alone, the step alone on synthetic views, both together.
+
+    They are interleaved, so that they can be compared; the third one's ratio is to the step alone, its
+    ceiling is the loader alone. Nothing of a run changes: the encoders are new ones.
+    budget_s: about how long it may take, start-up not counted; one batch a round is the least.
+    """
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.closing(_Stages(config, catalog, Path(scratch))) as stages,
+    ):
+        num_batches = stages.fit(budget_s, rounds)
+        before = probe()
+        sides = {
+            "loader": Side(run=lambda: stages.load(num_batches), prepare=stages.warm_loader),
+            "step": Side(run=lambda: stages.learn(num_batches), prepare=stages.settle),
+            "both": Side(run=lambda: stages.load_and_learn(num_batches), prepare=stages.warm_both),
+        }
+        times = interleave(sides, rounds=rounds, warmup=1, min_round_s=0.0)
+        unrest = noise(before, probe())
+        amount, work = float(num_batches * stages.batch), stages.describe()
+        alone = {"loader": f"loader alone: {work}", "step": f"step alone on synthetic views: {work}"}
+        records = [
+            timed_record(
+                NAME,
+                Contest(peer=None, work=what, unit="pairs/s", amount=amount, ours=sides[part]),
+                times={"ours": times[part]},
+                noise=unrest,
+                suite="pipeline",
+            )
+            for part, what in alone.items()
+        ]
+        both = Contest(
+            peer="our own step on synthetic views",
+            work=f"loader and step: {work}",
+            unit="pairs/s",
+            amount=amount,
+            ours=sides["both"],
+            theirs=sides["step"],
+            bar=Bar(0.95, full_size=stages.on_gpu),
+            ceiling=Ceiling(name="the loader alone", side=sides["loader"]),
+            note=None if stages.on_gpu else "loader and step share the CPU: the bar is for a GPU",
+        )
+        shared = {"ours": times["both"], "theirs": times["step"], "ceiling": times["loader"]}
+        return [*records, timed_record(NAME, both, times=shared, noise=unrest, suite="pipeline")]
+
+
+def bench_train(setting: Setting) -> Iterator[Record]:
+    """The recipe `demo` on generated images."""
+    num_images, batch, budget_s = setting.pick(
+        tiny=(40, 8, 0.0), quick=(300, 32, 5.0), full=(1000, 128, 60.0)
+    )
+    images = load_images(setting.images, num_images=num_images)
+    catalog = pack(images.root, setting.scratch / "pipeline-shards", num_workers=0)
+    config = find_recipe("demo").build()
+    if setting.size != "full":
+        config = dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, global_batch=batch),
+            bn=dataclasses.replace(config.bn, bn_group=batch // 2, shuffle_block=batch),
+        )
+    yield from measure_pipeline(config, catalog, budget_s=budget_s, rounds=setting.rounds)
+
+
+class _Stages:
+    """The run's loader and learner, and views that are there already."""
+
+    def __init__(self, config: TrainConfig, catalog: Catalog, scratch: Path) -> None:
+        self.config, self.catalog = config, catalog
+        self.batch = config.optim.global_batch
+        self._open = contextlib.ExitStack()
+        accelerator = self._open.enter_context(open_accelerator(config, run_dir=scratch))
+        self._device = accelerator.device.type
+        self.on_gpu = self._device == "cuda"
+        self._learner = Learner(config, accelerator)
+        self._loader = self._open_views(config.views.backend)
+        self._views = self._endless()
+        self._resident = list(itertools.islice(self._open_views("synthetic").epoch(0), 2))
+        self._steps = itertools.count()
+
+    def describe(self) -> str:
+        """The work in a line."""
+        model, views = self.config.model, self.config.views
+        kb = int(self.catalog.shard_bytes.sum()) / self.catalog.num_samples / 1000
+        return (
+            f"{model.encoder}, two {views.size} px {views.augmentation} views by {views.backend}, "
+            f"b{self.batch}, samples of {kb:.0f} KB"
+        )
+
+    def fit(self, budget_s: float, rounds: int) -> int:
+        """Batches a round, so that everything takes about budget_s."""
+        self.load_and_learn(1)
+        self.warm_loader()
+        times = []
+        for run in (self.load, self.learn):
+            start = time.perf_counter()
+            run(1)
+            times.append(time.perf_counter() - start)
+        loader_s, step_s = times
+        warm_s = self._num_warm() * (2 * loader_s + step_s)
+        return max(1, round((budget_s / (rounds + 1) - warm_s) / (2 * loader_s + 2 * step_s)))
+
+    def warm_loader(self) -> None:
+        """Use up what lies ready: the clock starts as a batch comes out that was waited for."""
+        self.load(self._num_warm())
+
+    def warm_both(self) -> None:
+        """Bring the queue between loader and step to the fill that it has when both run."""
+        self.load_and_learn(self._num_warm())
+
+    def settle(self) -> None:
+        """Wait until the loader has filled its queue, since it works on in the background."""
+        idle_since, used = time.perf_counter(), time.process_time()
+        while time.perf_counter() - idle_since < 0.05:
+            time.sleep(0.01)
+            if time.process_time() - used > 0.005:
+                idle_since, used = time.perf_counter(), time.process_time()
+
+    def load(self, num_batches: int) -> None:
+        """Take batches and do nothing with them."""
+        for _ in itertools.islice(self._views, num_batches):
+            pass
+
+    def learn(self, num_batches: int) -> None:
+        """Steps on views that are there already."""
+        for place in range(num_batches):
+            self._step(self._resident[place % len(self._resident)])
+
+    def load_and_learn(self, num_batches: int) -> None:
+        """Steps on the loader's batches, as a run does them."""
+        for batch in itertools.islice(self._views, num_batches):
+            self._step(batch)
+
+    def close(self) -> None:
+        self._views.close()
+        self._loader.close()
+        self._open.close()
+
+    def _step(self, batch: TwoViews) -> None:
+        self._learner.step(batch, step=next(self._steps), lr=self.config.optim.lr)
+
+    def _num_warm(self) -> int:
+        return self.config.speed.prefetch + 1
+
+    def _endless(self) -> Generator[TwoViews, None, None]:
+        for epoch in itertools.count():
+            yield from self._loader.epoch(epoch)
+
+    def _open_views(self, backend: str) -> ViewLoader:
+        config = self.config
+        return open_views(
+            self.catalog,
+            recipe=config.views.recipe(),
+            backend=backend,
+            device=self._device,
+            seed=config.seed,
+            global_batch=self.batch,
+            num_lanes=config.lanes,
+            num_threads=config.speed.loader_threads,
+            prefetch=config.speed.prefetch,
+        )

@@ -1,0 +1,288 @@
+"""Packing and reading shards, on one core, with inputs and outputs in the scratch folder (tmpfs if there is).
+
+Peers are what people use today: webdataset's ShardWriter and its loader, `cat`, Pillow's load as a check.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from linerate.bench.contest import Bar, Ceiling, Contest, Disagreement, Setting, missing_peer
+from linerate.bench.images import ImageFolder, copy_folder, load_images
+from linerate.bench.suites.shard_peers import (
+    batched,
+    copy_bytes,
+    iterate_webdataset,
+    load_with_pillow,
+    pread_all,
+    require_same_samples,
+    tar_samples,
+    write_with_webdataset,
+)
+from linerate.bench.timing import Side, one_core
+from linerate.pipeline.order import EpochOrder, default_num_lanes
+from linerate.pipeline.reader import ShardReader
+from linerate.shards.catalog import Catalog
+from linerate.shards.options import ImagePolicy, PackOptions
+from linerate.shards.pack import pack
+from linerate.shards.pack_shard import ShardTask, finish_shard, pack_shard
+from linerate.shards.plan import make_plan
+from linerate.shards.sources import open_source
+
+# One tar on both sides, as ShardWriter makes it of so few images.
+ONE_SHARD = PackOptions(min_shards=1, shard_samples=1_000_000)
+
+
+def bench_pack(setting: Setting) -> Iterator[Contest]:
+    """Folder -> shard, header-checked, no re-encode: against ShardWriter and against `cat`."""
+    images = _scratch_images(setting, setting.pick(tiny=20, quick=500, full=4000))
+    with one_core():
+        yield from _pack_contests(setting, images, full_size=setting.size == "full")
+    # At a smaller size starting the processes would be most of the time.
+    if len(os.sched_getaffinity(0)) > 1 and setting.size == "full":
+        yield two_processes(setting, images)
+
+
+def bench_pack_small(setting: Setting) -> Iterator[Contest]:
+    """The same with members of 5 KB, where the work per member is all there is."""
+    num_images = setting.pick(tiny=20, quick=1000, full=10_000)
+    small = load_images(None, num_images=num_images, num_bytes=5_000)
+    images = copy_folder(small, setting.scratch / "small")
+    with one_core():
+        bar = Bar(5.0, full_size=setting.size == "full")
+        yield _against_shard_writer(setting, images, ONE_SHARD, bar)
+
+
+def bench_pack_full(setting: Setting) -> Iterator[Contest]:
+    """Folder -> shard with a strict decode check of each image, against Pillow's load + ShardWriter."""
+    images = _scratch_images(setting, setting.pick(tiny=20, quick=60, full=600))
+    options = PackOptions(min_shards=1, shard_samples=1_000_000, check="decode")
+    bar = Bar(1.4, full_size=setting.size == "full")
+    with one_core():
+        yield _against_shard_writer(setting, images, options, bar, check=load_with_pillow)
+
+
+def _pack_contests(setting: Setting, images: ImageFolder, *, full_size: bool) -> Iterator[Contest]:
+    yield _against_shard_writer(setting, images, ONE_SHARD, Bar(3.0, full_size=full_size))
+    yield _against_shard_writer(setting, images, ONE_SHARD, None, planned=True)
+    ours, joined = setting.scratch / "ours", setting.scratch / "joined"
+    listed = b"\0".join(os.fsencode(path) for path in images.files)
+
+    def cat() -> None:
+        with joined.open("wb") as out:
+            subprocess.run(["xargs", "-0", "cat", "--"], input=listed, stdout=out, check=True)
+
+    def agree() -> str:
+        _pack(images, ours, ONE_SHARD)
+        cat()
+        in_ours = sum(len(jpeg) for jpeg, _ in tar_samples(ours))
+        if in_ours != joined.stat().st_size:
+            raise Disagreement(
+                f"the tar holds {in_ours:,} bytes of images, `cat` wrote {joined.stat().st_size:,}"
+            )
+        return "the bytes of images written"
+
+    yield Contest(
+        peer="cat of the same files",
+        work=_pack_work(images, ONE_SHARD),
+        unit="images/s",
+        amount=len(images.files),
+        ours=Side(run=lambda: _pack(images, ours, ONE_SHARD), prepare=lambda: _remove(ours)),
+        theirs=Side(run=cat, prepare=lambda: _remove(joined)),
+        agree=agree,
+        bar=Bar(0.7, full_size=full_size),
+        note="listing and planning are in our time, starting xargs and cat in theirs",
+    )
+
+
+def _against_shard_writer(
+    setting: Setting,
+    images: ImageFolder,
+    options: PackOptions,
+    bar: Bar | None,
+    *,
+    check: Callable[[bytes], object] | None = None,
+    planned: bool = False,
+) -> Contest:
+    """planned: listing and planning are done before the clock starts, as the peer's list of files is."""
+    ours, theirs = setting.scratch / "ours", setting.scratch / "theirs"
+    run_ours = _planned_pack(setting, images, options) if planned else partial(_pack, images, ours, options)
+    missing = missing_peer("webdataset")
+
+    def run_theirs() -> None:
+        write_with_webdataset(images, theirs, check=check)
+
+    def empty_ours() -> None:
+        _remove(ours)
+        if planned:
+            ours.mkdir()
+
+    def empty_theirs() -> None:
+        _remove(theirs)
+        theirs.mkdir()
+
+    def agree() -> str:
+        empty_ours()
+        run_ours()
+        empty_theirs()
+        run_theirs()
+        return require_same_samples(tar_samples(ours), tar_samples(theirs))
+
+    return Contest(
+        peer=f"webdataset ShardWriter{' + Pillow load' if check else ''}, jpg + cls",
+        work=_pack_work(images, options) + (", listed and planned before" if planned else ""),
+        unit="images/s",
+        amount=len(images.files),
+        ours=Side(run=run_ours, prepare=empty_ours),
+        theirs=None if missing else Side(run=run_theirs, prepare=empty_theirs),
+        missing=missing,
+        agree=agree,
+        bar=bar,
+        ceiling=Ceiling(
+            name="read + write",
+            side=Side(run=lambda: copy_bytes(images, ours), prepare=lambda: _remove(ours)),
+        ),
+        note=None if planned else "listing and planning are in our time; the peer is fed the list of files",
+    )
+
+
+def two_processes(setting: Setting, images: ImageFolder) -> Contest:
+    many = setting.scratch / "many"
+    copies = setting.pick(tiny=2, quick=2, full=4)
+    for path in images.files:
+        for copy in range(copies):
+            link = many / path.parent.name / f"{copy}-{path.name}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.hardlink_to(path)
+    ours, theirs = setting.scratch / "ours", setting.scratch / "theirs"
+    options = PackOptions(min_shards=16)
+
+    def agree() -> str:
+        _remove(ours)
+        _remove(theirs)
+        pack(many, ours, options=options, num_workers=2)
+        pack(many, theirs, options=options, num_workers=1)
+        differ = [p.name for p in sorted(ours.iterdir()) if p.read_bytes() != (theirs / p.name).read_bytes()]
+        if differ:
+            raise Disagreement(f"two processes wrote other bytes than one: {', '.join(differ[:3])}")
+        return "every byte of every file written"
+
+    num_images = copies * len(images.files)
+    return Contest(
+        peer="the same in one process",
+        work=f"{num_images:,} JPEGs of {images.mean_kb} KB -> 16 shards, header check, two processes",
+        unit="images/s",
+        amount=num_images,
+        ours=Side(
+            run=lambda: pack(many, ours, options=options, num_workers=2), prepare=lambda: _remove(ours)
+        ),
+        theirs=Side(
+            run=lambda: pack(many, theirs, options=options, num_workers=1), prepare=lambda: _remove(theirs)
+        ),
+        agree=agree,
+        bar=Bar(1.8, full_size=setting.size == "full"),
+        note="starting the worker processes is in both times",
+    )
+
+
+def bench_read(setting: Setting) -> Iterator[Contest]:
+    """An epoch of encoded samples in shuffled order, bytes copied into the batch; no decode."""
+    num_images, batch = setting.pick(tiny=(40, 8), quick=(512, 64), full=(4096, 256))
+    images = _scratch_images(setting, num_images, multiple_of=batch)
+    catalog = pack(images.root, setting.scratch / "shards", num_workers=0)
+    order = EpochOrder(
+        catalog.shard_sizes, seed=0, epoch=0, global_batch=batch, num_lanes=default_num_lanes(batch)
+    )
+    reader = ShardReader(catalog)
+    num_samples = order.num_steps * batch
+    urls = [os.fspath(catalog.shard_path(shard)) for shard in range(catalog.num_shards)]
+    missing = missing_peer("webdataset")
+
+    def read_ours() -> None:
+        for step in range(order.num_steps):
+            reader.read(order.positions(step))
+
+    def read_theirs() -> None:
+        for samples in batched(iterate_webdataset(urls), batch):
+            np.frombuffer(b"".join(jpeg for jpeg, _ in samples), dtype=np.uint8)
+
+    def agree() -> str:
+        batches = (reader.read(order.positions(step)) for step in range(order.num_steps))
+        ours = [(one.jpegs[i].tobytes(), int(one.label[i])) for one in batches for i in range(len(one.jpegs))]
+        theirs = list(iterate_webdataset(urls))
+        return require_same_samples(ours, theirs, may_leave_out=order.num_dropped)
+
+    where = [
+        (catalog.shard_path(shard), index.offset.tolist(), index.size.tolist())
+        for shard in range(catalog.num_shards)
+        for index in [catalog.shard_index(shard)]
+    ]
+    with one_core():
+        yield Contest(
+            peer="webdataset, shardshuffle + shuffle(1000)",
+            work=f"{num_samples:,} JPEGs of {images.mean_kb} KB from {catalog.num_shards} shards, "
+            f"batches of {batch}, one core",
+            unit="images/s",
+            amount=num_samples,
+            ours=Side(run=read_ours),
+            theirs=None if missing else Side(run=read_theirs),
+            missing=missing,
+            agree=agree,
+            bar=Bar(3.0, full_size=setting.size == "full"),
+            ceiling=Ceiling(
+                name="bare pread", side=Side(run=lambda: pread_all(where)), amount=catalog.num_samples
+            ),
+        )
+    reader.close()
+
+
+def _scratch_images(setting: Setting, num_images: int, *, multiple_of: int = 1) -> ImageFolder:
+    """The benchmark images in the scratch folder; a multiple, so that whole batches hold all of them."""
+    target = setting.scratch / "images"
+    _remove(target)
+    images = load_images(setting.images, num_images=num_images)
+    kept = len(images.files) // multiple_of * multiple_of or len(images.files)
+    return copy_folder(dataclasses.replace(images, files=images.files[:kept]), target)
+
+
+def _pack_work(images: ImageFolder, options: PackOptions) -> str:
+    return (
+        f"{len(images.files):,} JPEGs of {images.mean_kb} KB -> tar + idx + parquet + xxh3, "
+        f"{options.check} check, one core"
+    )
+
+
+def _pack(images: ImageFolder, out: Path, options: PackOptions) -> Catalog:
+    _remove(out)
+    return pack(images.root, out, options=options, num_workers=0)
+
+
+def _planned_pack(setting: Setting, images: ImageFolder, options: PackOptions) -> Callable[[], object]:
+    """Writes the one shard of a plan that is made here and now."""
+    folder = setting.scratch / "plan"
+    _remove(folder)
+    folder.mkdir()
+    source = open_source([images.root])
+    make_plan(source, folder, seed=options.seed, sizing=options.sizing, options=dataclasses.asdict(options))
+    policy = ImagePolicy(check=options.check, max_pixels=options.max_pixels)
+    task = ShardTask(
+        plan_folder=os.fspath(folder),
+        shard=0,
+        out=os.fspath(setting.scratch / "ours"),
+        name=options.name,
+        policy=policy,
+    )
+    return lambda: finish_shard(pack_shard(task))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""The whole MoCo step against plain eager torch: time on this CPU, counts of any device."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import linerate.train.step as train
+from linerate.bench.contest import Bar, Contest, Count, Setting
+from linerate.bench.counting import OpCounter
+from linerate.bench.suites import train_peers as peers
+from linerate.bench.suites.step_parts import (
+    DIM,
+    EMA_MOMENTUM,
+    TEMPERATURE,
+    count_side,
+    name_threads,
+    require_close,
+)
+from linerate.bench.timing import Side
+from linerate.train.encoder import Encoder, build_encoder
+from linerate.train.key_queue import KeyQueue
+
+LR = 0.03
+
+
+def bench_step(setting: Setting) -> Iterator[Contest | Count]:
+    """The whole step against plain eager torch: time on this CPU, counts for ResNet-50 on any device."""
+    small = ("tiny-resnet-w4", 32, 8, 64)
+    name, size, batch, num_keys = setting.pick(
+        tiny=small, quick=("tiny-resnet", 32, 64, 4096), full=("resnet18", 64, 64, 65536)
+    )
+    ours, theirs = build_sides(name, num_keys=num_keys)
+    views = [random_views(batch, size, seed=seed) for seed in (0, 1)]
+    yield Contest(
+        peer="plain torch eager",
+        work=f"{name}, {size} px, b{batch}, K={num_keys}, fp32, groups=1, {name_threads()}",
+        unit="pairs/s",
+        amount=batch,
+        ours=Side(run=lambda: ours(*views)),
+        theirs=Side(run=lambda: theirs.step(*views)),
+        agree=lambda: require_same_losses(name, num_keys=num_keys, size=size, batch=batch),
+    )
+    shape = setting.pick(tiny=small, quick=("resnet50", 224, 256, 65536), full=("resnet50", 224, 256, 65536))
+    yield from _count_step(*shape, full_size=setting.size != "tiny")
+
+
+def _count_step(
+    name: str, size: int, batch: int, num_keys: int, *, full_size: bool
+) -> Iterator[Contest | Count]:
+    """Operations, bytes and host syncs of a step, traced without arithmetic."""
+    sides = build_sides(name, num_keys=num_keys, autocast=True)
+    mine = _trace(sides[0], batch, size)
+    inside = _trace(sides[0], batch, size, open_operators=True)
+    other = _trace(partial(sides[1].step, autocast=True), batch, size)
+    peer = "plain torch eager"
+    work = f"one step, {name}, {size} px, b{batch}, K={num_keys}, bf16 autocast, groups=1"
+    note = "without prim.*, detach, views and empty; FakeTensorMode; an operator of our own is one"
+    bar = Bar(900, of="ours", at_most=True, full_size=full_size)
+    no_sync = Bar(0, of="ours", at_most=True)
+    yield Count(
+        peer=peer, work=work, unit="aten ops", ours=mine.num_ops, theirs=other.num_ops, bar=bar, note=note
+    )
+    yield Count(
+        peer=peer,
+        work=work,
+        unit="ops, ours opened",
+        ours=inside.num_ops,
+        theirs=other.num_ops,
+        note="as aten ops, but of our own operators every operation inside counts",
+    )
+    yield Count(
+        peer=peer,
+        work=work,
+        unit="GB moved",
+        ours=inside.num_bytes / 1e9,
+        theirs=other.num_bytes / 1e9,
+        note=note,
+    )
+    yield Count(
+        peer=peer,
+        work=work,
+        unit="host syncs",
+        ours=mine.num_syncs,
+        theirs=other.num_syncs,
+        bar=no_sync,
+        note=note,
+    )
+
+
+def _trace(
+    step: Callable[[Tensor, Tensor], Tensor], batch: int, size: int, *, open_operators: bool = False
+) -> OpCounter:
+    """Counts of the second step: in the first one the optimizer makes its state."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pixels = torch.empty(batch, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        count_side(lambda: step(pixels, pixels))
+        return count_side(lambda: step(pixels, pixels), open_operators=open_operators)
+
+
+def build_sides(
+    name: str, *, num_keys: int, autocast: bool = False
+) -> tuple[Callable[[Tensor, Tensor], Tensor], peers.PlainMoCo]:
+    """Our step as a function of the views, and the peer with the same weights and the same queue."""
+    torch.manual_seed(0)
+    encoder: Encoder = build_encoder(name, dim=DIM, stem="cifar" if name.startswith("tiny") else "imagenet")
+    queue = KeyQueue(num_keys, DIM)
+    theirs = peers.PlainMoCo(encoder, queue.keys, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, lr=LR)
+    moco = train.MoCo(encoder, queue, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, bn_group=None)
+    moco.to("cpu")
+    optimizer = torch.optim.SGD(
+        moco.query_encoder.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4, foreach=True
+    )
+    done = 0
+
+    def ours(query_images: Tensor, key_images: Tensor) -> Tensor:
+        nonlocal done
+        metrics = train.train_step(
+            moco,
+            query_images,
+            key_images,
+            optimizer,
+            step=done,
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        )
+        done += 1
+        return metrics.loss
+
+    return ours, theirs
+
+
+def require_same_losses(name: str, *, num_keys: int, size: int, batch: int, steps: int = 5) -> str:
+    """What was found equal. Raises Disagreement where the loss curves part, from the same start."""
+    ours, theirs = build_sides(name, num_keys=num_keys)
+    curves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for step in range(steps):
+        views = [random_views(batch, size, seed=10 * step + view) for view in (0, 1)]
+        curves[0].append(ours(*views))
+        curves[1].append(theirs.step(*views))
+    return require_close(*curves, what=f"the losses of {steps} steps", atol=1e-3)
+
+
+def random_views(batch: int, size: int, *, seed: int) -> Tensor:
+    """(N, 3, S, S) uint8 with channels_last strides."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
+    return pixels.permute(0, 3, 1, 2)

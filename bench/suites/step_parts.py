@@ -1,0 +1,199 @@
+"""The parts of the MoCo step on the CPU, held against the reference's forms; counts are of any device.
+
+Legend: N queries, K keys, C dimensions.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from linerate.bench.contest import Bar, Ceiling, Contest, Count, Disagreement, Setting
+from linerate.bench.counting import OpCounter
+from linerate.bench.suites import train_peers as peers
+from linerate.bench.timing import Side
+from linerate.train.ema import ema_update
+from linerate.train.encoder import build_encoder
+from linerate.train.infonce import infonce
+from linerate.train.key_queue import KeyQueue
+
+DIM = 128
+TEMPERATURE = 0.07
+EMA_MOMENTUM = 0.999
+
+
+def bench_ema(setting: Setting) -> Iterator[Contest]:
+    """The key encoder's update of ResNet-50 with its head, 161 tensors."""
+    name = setting.pick(tiny="tiny-resnet-w4", quick="resnet50", full="resnet50")
+    torch.manual_seed(0)
+    query = [p.detach() for p in build_encoder(name, dim=DIM).parameters()]
+    start = [torch.randn_like(p) for p in query]
+    num_bytes = 4 * sum(p.numel() for p in query)
+    # Two reads and one write of as many bytes, in one run: what any update must do.
+    source, target = torch.ones(num_bytes // 4), torch.zeros(num_bytes // 4)
+    forms: dict[str, tuple[Callable[..., None], float]] = {
+        "the reference's per-tensor loop": (peers.ema_loop, 3.3),
+        "lightly's foreach mul-add": (peers.ema_foreach, 1.5),
+    }
+    for peer, (update, bar) in forms.items():
+        ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
+
+        def run_ours(ours: list[Tensor] = ours) -> None:
+            ema_update(ours, query, ema_momentum=EMA_MOMENTUM)
+
+        def run_theirs(theirs: list[Tensor] = theirs, update: Callable[..., None] = update) -> None:
+            update(theirs, query, EMA_MOMENTUM)
+
+        def agree(
+            ours: list[Tensor] = ours,
+            theirs: list[Tensor] = theirs,
+            sides: tuple[Callable[[], None], ...] = (run_ours, run_theirs),
+        ) -> str:
+            for side in sides:
+                side()
+            return require_close(ours, theirs, what="the parameters after an update", atol=1e-6)
+
+        yield Contest(
+            peer=peer,
+            work=f"{name} + {DIM}-D head, {len(query)} tensors of {num_bytes / 1e6:.0f} MB, {name_threads()}",
+            unit="updates/s",
+            amount=1,
+            ours=Side(run=run_ours),
+            theirs=Side(run=run_theirs),
+            agree=agree,
+            bar=Bar(bar, full_size=setting.size != "tiny"),
+            ceiling=Ceiling(name="one flat add", side=Side(run=lambda: target.add_(source))),
+        )
+
+
+def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
+    """One step's keys into the queue; the reference copies the queue for the logits and reads its pointer."""
+    num_keys, num_new = setting.pick(tiny=(64, 8), quick=(65536, 256), full=(65536, 256))
+    generator = torch.Generator().manual_seed(0)
+    new_keys = normalize(torch.randn(num_new, DIM, generator=generator))
+    queue = KeyQueue(num_keys, DIM, generator=generator)
+    reference = peers.ReferenceQueue(queue.keys)
+
+    def run_ours() -> None:
+        queue.enqueue(new_keys)
+
+    def run_theirs() -> None:
+        reference.for_logits()
+        reference.enqueue(new_keys)
+
+    def agree() -> str:
+        for turn in range(num_keys // num_new + 3):
+            keys = new_keys.roll(turn, dims=0)
+            queue.enqueue(keys)
+            reference.enqueue(keys)
+        require_close([queue.keys.T], [reference.queue], what="the queues", atol=0)
+        if int(queue.pointer) != int(reference.pointer):
+            raise Disagreement(f"pointers: {int(queue.pointer)} ours, {int(reference.pointer)} theirs")
+        return "queue and pointer after more than one turn"
+
+    peer = "the reference: copy + host sync"
+    work = f"N={num_new}, K={num_keys}, C={DIM}"
+    size = num_keys * DIM * 4 / 2**20
+    yield Contest(
+        peer=peer,
+        work=f"{work} ({size:.0f} MiB), {name_threads()}",
+        unit="enqueues/s",
+        amount=1,
+        ours=Side(run=run_ours),
+        theirs=Side(run=run_theirs),
+        agree=agree,
+    )
+    ours, theirs = (count_side(side, large_numel=num_keys * DIM) for side in (run_ours, run_theirs))
+    none = Bar(0, of="ours", at_most=True)
+    yield Count(
+        peer=peer, work=work, unit="queue copies", ours=ours.num_large, theirs=theirs.num_large, bar=none
+    )
+    yield Count(
+        peer=peer, work=work, unit="host syncs", ours=ours.num_syncs, theirs=theirs.num_syncs, bar=none
+    )
+
+
+def bench_infonce(setting: Setting) -> Iterator[Contest | Count]:
+    """Loss, its gradient and the pretext accuracy."""
+    num, num_keys = setting.pick(tiny=(4, 64), quick=(256, 8192), full=(256, 65536))
+    generator = torch.Generator().manual_seed(0)
+    rows = [normalize(torch.randn(n, DIM, generator=generator)) for n in (num, num, num_keys)]
+    query, key, negatives = rows[0].requires_grad_(), normalize(rows[0].detach() + rows[1]), rows[2]
+    columns = negatives.T.contiguous()
+
+    def with_gradient(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        query.grad = None
+        found[0].backward()  # type: ignore[no-untyped-call]
+        assert query.grad is not None
+        return (*found, query.grad)
+
+    def run_ours() -> tuple[Tensor, ...]:
+        return with_gradient(tuple(infonce(query, key, negatives, temperature=TEMPERATURE)))
+
+    def run_theirs() -> tuple[Tensor, ...]:
+        return with_gradient(peers.infonce_cat(query, key, columns, TEMPERATURE))
+
+    def agree() -> str:
+        return require_close(
+            run_ours(), run_theirs(), what="loss, top-1, top-5 and the gradient of the queries", atol=1e-5
+        )
+
+    peer, work = "cat + cross_entropy", f"loss + grad, N={num}, K={num_keys}, C={DIM}, fp32"
+    full_size = setting.size == "full"
+    yield Contest(
+        peer=peer,
+        work=f"{work}, {name_threads()}",
+        unit="losses/s",
+        amount=1,
+        ours=Side(run=run_ours),
+        theirs=Side(run=run_theirs),
+        agree=agree,
+        bar=Bar(2.8, full_size=full_size),
+        ceiling=Ceiling(
+            name="its two matrix products",
+            side=Side(run=lambda: query.detach() @ columns @ negatives),
+        ),
+    )
+    ours, theirs = (count_side(side, open_operators=True) for side in (run_ours, run_theirs))
+    most_mib = 0.1 * num * (num_keys + 1) * 4 / 2**20
+    yield Count(
+        peer=peer,
+        work=work,
+        unit="MiB at peak",
+        ours=ours.peak_bytes / 2**20,
+        theirs=theirs.peak_bytes / 2**20,
+        bar=Bar(round(most_mib, 2), of="ours", at_most=True, full_size=full_size),
+        note="the bar is 10 % of N x (K + 1) floats",
+    )
+
+
+def require_close(
+    ours: list[Tensor] | tuple[Tensor, ...],
+    theirs: list[Tensor] | tuple[Tensor, ...],
+    *,
+    what: str,
+    atol: float,
+) -> str:
+    """What was found equal. Raises Disagreement where any pair of tensors is further apart than atol."""
+    if len(ours) != len(theirs):
+        raise Disagreement(f"{what}: {len(ours)} tensors ours, {len(theirs)} theirs")
+    apart = max(float((a - b).detach().abs().max()) for a, b in zip(ours, theirs, strict=True))
+    if not apart <= atol:
+        raise Disagreement(f"{what} lie {apart:.3g} apart, {atol:g} is allowed")
+    return f"{what}, to {apart:.1e}"
+
+
+def count_side(
+    side: Callable[[], object], *, large_numel: int | None = None, open_operators: bool = False
+) -> OpCounter:
+    counter = OpCounter(large_numel=large_numel, open_operators=open_operators)
+    with counter:
+        side()
+    return counter
+
+
+def name_threads() -> str:
+    num = torch.get_num_threads()
+    return f"{num} thread{'s' if num > 1 else ''}"

@@ -1,0 +1,135 @@
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from linerate.bench import cli, registry
+from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
+from linerate.bench.record import append_jsonl, load_jsonl
+from linerate.bench.timing import Side
+from linerate.shards.errors import UserError
+
+
+def squares(setting: Setting) -> Iterator[Contest | Count]:
+    (setting.scratch / "proof").write_text("the scratch folder can be written")
+    yield Contest(
+        peer="slow",
+        work="squares",
+        unit="calls/s",
+        amount=1,
+        ours=Side(run=lambda: sum(range(100))),
+        theirs=Side(run=lambda: sum(range(5000))),
+        agree=lambda: "nothing to tell",
+        bar=Bar(1.5),
+    )
+    yield Count(peer="slow", work="squares", unit="ops", ours=1, theirs=2)
+
+
+def disagreeing(setting: Setting) -> Iterator[Contest]:
+    def differ() -> str:
+        raise Disagreement("ours is 3, theirs 4")
+
+    side = Side(run=lambda: None)
+    yield Contest(peer="other", work="w", unit="x/s", amount=1, ours=side, theirs=side, agree=differ)
+
+
+def orphan(setting: Setting) -> Iterator[Contest]:
+    yield Contest(
+        peer="other",
+        work="w",
+        unit="x/s",
+        amount=1,
+        ours=Side(run=lambda: None),
+        missing="other is not installed",
+    )
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"squares": squares, "disagreeing": disagreeing, "orphan": orphan}
+    table = {name: registry.Benchmark(f"toys:{name}", f"the toy {name}", ("webdataset",)) for name in made}
+    monkeypatch.setattr(registry, "BENCHMARKS", table)
+    monkeypatch.setattr(registry.Benchmark, "load", lambda self: made[self.where.partition(":")[2]])
+
+
+def run(*argv: str) -> int:
+    return cli.main(["run", *argv, "--suite", "quick"])
+
+
+def test_json_is_one_pure_line_a_record(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run("squares", "--json", "--scratch", str(tmp_path)) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["name"], line["kind"], line["suite"]) for line in lines] == [
+        ("squares", "time", "quick"),
+        ("squares", "count", "quick"),
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_appended_to_and_the_table_names_the_ratio(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    out = tmp_path / "results.jsonl"
+    assert run("squares", "--out", str(out)) == 0
+    assert run("squares", "--out", str(out)) == 0
+    assert len(load_jsonl(out)) == 4
+    assert "squares" in capsys.readouterr().out
+
+
+def test_disagreement_is_told_and_is_exit_code_1(capsys: pytest.CaptureFixture[str]):
+    assert run("disagreeing", "--json") == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["refused"] == "ours is 3, theirs 4"
+    assert "ours is 3, theirs 4" in captured.err
+
+
+def test_a_missing_peer_is_told_but_is_no_failure(capsys: pytest.CaptureFixture[str]):
+    assert run("orphan", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["missing"] == "other is not installed"
+    assert "other is not installed" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "squars"], "did you mean `squares`"),
+        (["run", "--rounds", "3"], "give 7 or more"),
+        (["run", "--images", "no/such/folder"], "is no folder"),
+        (["run", "--scratch", "no/such/folder"], "give a folder that can be written"),
+        (["run", "--out", "."], "is a folder; name a file"),
+        (["compare", "a.jsonl", "b.jsonl"], "there is no results file"),
+        (["compare", "a.jsonl", "b.jsonl", "--tolerance", "5"], "is no share"),
+        (["rum"], "did you mean `run`"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(argv: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        cli.main(argv)
+
+
+def test_list_names_every_benchmark_and_suite(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed["benchmarks"]) == ["squares", "disagreeing", "orphan"]
+    assert listed["benchmarks"]["squares"]["about"] == "the toy squares"
+    assert set(listed["suites"]) == {"quick", "cpu"}
+    assert cli.main(["list"]) == 0
+    assert "disagreeing" in capsys.readouterr().out
+
+
+def test_compare_exits_with_1_on_a_regression_only(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert run("squares", "--out", str(tmp_path / "measured.jsonl")) == 0
+    (timed, counted) = load_jsonl(tmp_path / "measured.jsonl")
+    for path, seconds in ((a, 0.01), (b, 0.02)):
+        append_jsonl(path, dataclasses.replace(timed, ours=1 / seconds, ours_s=(seconds,) * 7))
+        append_jsonl(path, counted)
+    capsys.readouterr()
+    assert cli.main(["compare", str(a), str(a), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["regressions"] == 0
+    assert cli.main(["compare", str(a), str(b), "--tolerance", "0.2", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [d["regressed"] for d in found["differences"]] == [True, False]
+    assert cli.main(["compare", str(a), str(b), "--tolerance", "0.2"]) == 1
+    assert "past the tolerance" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,77 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from linerate.bench.machine import Probe, cgroup_quota, code_identity, machine, noise, probe
+
+
+def test_the_record_names_what_decides_a_figure_and_holds_no_path():
+    record = machine()
+    assert record["cpu"]
+    assert 0 < record["cores"] <= record["cores_installed"]
+    assert record["memory_gib"] > 0
+    assert record["libraries"]["torch"]
+    assert len(record["code"]["sources_xxh3"]) == 16
+    text = json.dumps(record)
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).resolve().parents[2]) not in text
+    assert os.uname().nodename not in text
+
+
+def test_the_code_identity_is_stable_between_calls():
+    assert code_identity()["sources_xxh3"] == code_identity()["sources_xxh3"]
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "cores"),
+    [
+        ("max 100000", "max 100000", None),
+        ("150000 100000", "max 100000", 1.5),
+        ("max 1", "50000 100000", 0.5),
+    ],
+)
+def test_the_tightest_quota_above_the_group_counts(
+    tmp_path: Path, own: str, parent: str, cores: float | None
+):
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "cpu.max").write_text(parent + "\n")
+    (tmp_path / "outer" / "inner" / "cpu.max").write_text(own + "\n")
+    assert cgroup_quota(tmp_path, "outer/inner") == cores
+
+
+def test_a_first_version_quota_counts_too(tmp_path: Path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("250000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cgroup_quota(tmp_path, "") == 2.5
+
+
+def quiet_probe(at_s: float, *, busy_s: float, own_s: float, ms: float = 1.0) -> Probe:
+    return Probe((ms / 1e3,) * 25, busy_s, own_s, at_s)
+
+
+def test_a_steady_kernel_on_an_idle_machine_is_quiet():
+    verdict = noise(quiet_probe(0, busy_s=100, own_s=10), quiet_probe(10, busy_s=110, own_s=20))
+    assert verdict["noisy"] is False
+    assert verdict["others_cores"] == 0
+
+
+def test_neighbours_make_the_machine_noisy():
+    cores = os.cpu_count() or 1
+    verdict = noise(quiet_probe(0, busy_s=0, own_s=0), quiet_probe(10, busy_s=10 + 5 * cores, own_s=10))
+    assert verdict["others_cores"] == pytest.approx(cores / 2)
+    assert verdict["noisy"] is True
+
+
+def test_a_kernel_that_slowed_down_makes_the_machine_noisy():
+    verdict = noise(quiet_probe(0, busy_s=0, own_s=0), quiet_probe(10, busy_s=0, own_s=0, ms=1.5))
+    assert verdict["spread"] > 0.3
+    assert verdict["noisy"] is True
+
+
+def test_the_probe_takes_about_a_millisecond_a_time():
+    seconds = probe(repeats=5).seconds
+    assert len(seconds) == 5
+    assert 1e-5 < sorted(seconds)[2] < 0.1

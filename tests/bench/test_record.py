@@ -1,0 +1,79 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from linerate.bench.record import Record, append_jsonl, latest, load_jsonl, number, results_table
+from linerate.shards.errors import UserError
+
+RECORD = Record(
+    name="ema",
+    peer="per-tensor loop",
+    work="161 tensors",
+    unit="updates/s",
+    ours=400.0,
+    theirs=100.0,
+    ratio=4.0,
+    ratio_low=3.5,
+    ratio_high=4.5,
+    bar=3.3,
+    bar_reads="ratio >= 3.3",
+    met=True,
+    ours_s=(0.0025, 0.0025),
+    theirs_s=(0.01, 0.01),
+    machine={"cpu": "one"},
+)
+
+
+def test_a_line_holds_the_fields_of_the_bars_and_reads_back_equal(tmp_path: Path):
+    path = tmp_path / "new folder" / "results.jsonl"
+    append_jsonl(path, RECORD)
+    append_jsonl(path, dataclasses.replace(RECORD, name="read"))
+    line = json.loads(path.read_text().splitlines()[0])
+    wanted = "name peer work ratio ratio_low ratio_high bar met ours theirs unit machine"
+    assert set(wanted.split()) <= set(line)
+    assert load_jsonl(path) == [RECORD, dataclasses.replace(RECORD, name="read")]
+
+
+def test_the_newest_line_of_a_key_counts():
+    newer = dataclasses.replace(RECORD, ours=500.0)
+    assert latest([RECORD, newer]) == {RECORD.key: newer}
+
+
+@pytest.mark.parametrize("text", ["no json\n", '{"name": "only"}\n', "[1]\n", ""])
+def test_a_file_that_is_no_results_file_is_the_users_error(tmp_path: Path, text: str):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="linerate bench run --out"):
+        load_jsonl(path)
+
+
+def test_a_missing_file_is_the_users_error(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no results file"):
+        load_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_a_field_of_a_newer_version_is_dropped(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({**RECORD.to_json(), "invented_later": 1}) + "\n")
+    assert load_jsonl(path) == [RECORD]
+
+
+def test_the_table_names_a_missing_peer_and_a_refusal():
+    missing = dataclasses.replace(RECORD, ratio=None, theirs=None, missing="webdataset is not installed")
+    refused = dataclasses.replace(RECORD, ours=None, ratio=None, refused="the keys differ")
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(results_table([RECORD, missing, refused]))
+    text = printed.getvalue()
+    assert "4.00x" in text
+    assert "3.50 to 4.50" in text
+    assert "webdataset is not installed" in text
+    assert "the keys differ" in text
+
+
+def test_numbers_are_short():
+    shown = [number(x) for x in (None, 0.0, 968, 12345.6, 0.98765, 43.21)]
+    assert shown == ["-", "0", "968", "12,346", "0.988", "43.2"]

@@ -1,0 +1,82 @@
+import dataclasses
+
+import numpy as np
+
+from linerate.bench.record import Record
+from linerate.bench.verdict import compare_records
+
+
+def record(rate: float, *, spread: float = 0.01, lead: float = 2.0, **changes: object) -> Record:
+    """A record whose nine rounds lie evenly around `rate`, and whose peer is `lead` times as slow."""
+    seconds = (1 / rate) * (1 + spread * np.linspace(-1, 1, 9))
+    made = Record(
+        name="ema",
+        peer="loop",
+        work="161 tensors",
+        unit="updates/s",
+        ours=rate,
+        theirs=rate / lead,
+        ratio=lead,
+        ours_s=tuple(seconds.tolist()),
+        theirs_s=tuple((lead * seconds).tolist()),
+        machine={"cpu": "one", "cores": 2.0},
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def verdict(a: Record, b: Record, **how: object) -> tuple[str, bool]:
+    (difference,) = compare_records([a], [b], **{"tolerance": 0.05, **how})
+    return difference.verdict, difference.regressed
+
+
+def test_a_clear_slowdown_past_the_tolerance_is_a_regression():
+    assert verdict(record(100), record(80)) == ("slower", True)
+
+
+def test_a_clear_slowdown_within_the_tolerance_is_none():
+    assert verdict(record(100), record(97)) == ("slower", False)
+
+
+def test_a_speedup_is_faster():
+    assert verdict(record(100), record(130)) == ("faster", False)
+
+
+def test_a_difference_within_the_spread_is_the_same():
+    assert verdict(record(100, spread=0.3), record(93, spread=0.3)) == ("same", False)
+
+
+def test_the_lead_over_the_peer_does_not_move_with_the_machine():
+    a, b = record(100), record(50, machine={"cpu": "a slower one", "cores": 2.0})
+    assert verdict(a, b) == ("slower", True)
+    assert verdict(a, b, of="ratio") == ("same", False)
+    assert verdict(a, record(50, lead=1.5), of="ratio") == ("slower", True)
+
+
+def test_another_or_a_noisy_machine_is_a_caveat():
+    other = record(100, machine={"cpu": "two", "cores": 2.0, "noise": {"noisy": True}})
+    (difference,) = compare_records([record(100)], [other], tolerance=0.05)
+    assert difference.caveat == "B noisy, other machine"
+
+
+def test_counts_are_compared_exactly():
+    a = record(1, kind="count", ours=900.0, ours_s=(), theirs_s=())
+    assert verdict(a, dataclasses.replace(a)) == ("same", False)
+    assert verdict(a, dataclasses.replace(a, ours=901.0)) == ("slower", False)
+    assert verdict(a, dataclasses.replace(a, ours=1000.0)) == ("slower", True)
+    assert verdict(a, dataclasses.replace(a, ours=0.0)) == ("faster", False)
+
+
+def test_a_count_that_rises_from_zero_is_a_regression():
+    a = record(1, kind="count", ours=0.0, ours_s=(), theirs_s=())
+    assert verdict(a, dataclasses.replace(a, ours=1.0)) == ("slower", True)
+
+
+def test_what_only_one_file_has_is_listed():
+    a, b = record(100), record(100, name="read")
+    found = compare_records([a], [b], tolerance=0.05)
+    assert [(d.name, d.verdict) for d in found] == [("ema", "only in A"), ("read", "only in B")]
+
+
+def test_a_refused_record_is_not_comparable():
+    refused = record(100, ours=None, ours_s=(), theirs_s=(), refused="the keys differ")
+    assert verdict(record(100), refused) == ("not comparable", False)
