@@ -17,6 +17,7 @@ from linerate.pipeline.evaluation_views import decode_rgb
 from linerate.pipeline.loader import open_backend
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.recipe import ViewRecipe
+from linerate.pipeline.undecodable import UndecodableImages
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 
@@ -111,7 +112,7 @@ def see_samples(
     finally:
         maker.close()
     encoded = fetch(0)
-    images = [Image.fromarray(decode_rgb(jpeg)) for jpeg in encoded.jpegs]
+    images = [_stored_image(encoded, row) for row in range(len(positions))]
     seen = []
     for epoch, two in zip(epochs, views, strict=True):
         query, key = (view.permute(0, 2, 3, 1).numpy() for view in (two.query, two.key))
@@ -131,6 +132,15 @@ def see_samples(
             for i in range(len(positions))
         ]
     return seen
+
+
+def _stored_image(encoded: EncodedBatch, row: int) -> Image.Image:
+    try:
+        return Image.fromarray(decode_rgb(encoded.jpegs[row]))
+    except ValueError as error:
+        raise UndecodableImages(
+            [int(encoded.sample_id[row])], [int(encoded.position[row])], str(error)
+        ) from None
 
 
 def draw_sheet(

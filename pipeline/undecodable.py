@@ -17,8 +17,8 @@ class UndecodableImages(UserError):
         names = ", ".join(f"{one:012d}" for one in self.sample_id[:8])
         more = f" and {len(self.sample_id) - 8} more" if len(self.sample_id) > 8 else ""
         super().__init__(
-            f"cannot decode sample {names}{more}: {self.reason}; find all such by `linerate shard verify`, "
-            "and pack again without them"
+            f"cannot decode sample {names}{more}: {self.reason}; find all such by `linerate shard verify "
+            "--decode full`, and pack again with `--check dali`, which leaves them out"
         )
 
     def __reduce__(self) -> tuple[object, ...]:

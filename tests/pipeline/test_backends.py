@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,6 +217,48 @@ def test_the_error_survives_pickling_and_shortens_long_lists():
 def test_undecodable_rows_are_found_among_good_ones(jpegs):
     arrays = [np.frombuffer(one, dtype=np.uint8) for one in cut(jpegs, 0, 5, 6, 23)]
     assert undecodable_rows(arrays) == [0, 5, 6, 23]
+
+
+MANY_BROKEN = """
+import io, sys
+import numpy as np
+from PIL import Image
+from linerate.pipeline.dali_views import DaliViews
+from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.recipe import find_recipe
+out = io.BytesIO()
+Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 64, 3)).save(out, "JPEG")
+good = np.frombuffer(out.getvalue(), np.uint8)
+zeroed, cut, other = good.copy(), good[: good.size // 2], good.copy()
+zeroed[2:200] = 0
+frame = out.getvalue().index(bytes([255, 192]))
+other[frame + 5] = 9
+broken = {50: zeroed, 52: zeroed, 60: good[:0], 61: good[:3], 70: other, 90: zeroed, 100: zeroed, 115: zeroed}
+def fetch(step):
+    rows = np.arange(40 * step, 40 * step + 40)
+    one = np.ones(40, np.int64)
+    return EncodedBatch(
+        jpegs=[broken.get(int(row), good) for row in rows],
+        sample_id=rows, position=rows, label=rows, height=48 * one, width=64 * one,
+    )
+views = DaliViews(
+    recipe=find_recipe("v2", size=24), seed=0, batch=40, device="cpu", num_threads=2, prefetch=2
+)
+seen = 0
+try:
+    for batch in views.run(fetch, range(3), epoch=0):
+        seen += 1
+except Exception as error:
+    print(seen, type(error).__name__, error.sample_id)
+print(len(list(views.run(lambda step: fetch(0), range(2), epoch=1))))
+"""
+
+
+def test_many_broken_headers_in_one_batch_do_not_end_the_process():
+    """DALI itself ends by SIGSEGV on such a batch; a test in this process would take the others with it."""
+    done = subprocess.run([sys.executable, "-c", MANY_BROKEN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1 UndecodableImages [50, 52, 60, 61, 70]", "2"]
 
 
 def test_an_error_of_the_reader_comes_through(jpegs):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from linerate.pipeline.evaluation_views import open_images
+from linerate.pipeline.evaluation_views import decode_rgb, open_images
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.errors import UserError
 
@@ -73,3 +73,11 @@ def test_leaving_early_stops_the_threads(catalog):
     next(images)
     images.close()
     assert list(images) == []
+
+
+def test_what_does_not_decode_is_a_value_error_in_one_line(make_sample):
+    whole = np.frombuffer(make_sample(0, height=48, width=64).jpeg, dtype=np.uint8)
+    with pytest.raises(ValueError, match="(?i)truncated"):
+        decode_rgb(whole[: whole.size // 2])
+    with pytest.raises(ValueError, match="identify"):
+        decode_rgb(whole[100:])

@@ -3,7 +3,9 @@ import pytest
 from PIL import Image
 
 from linerate.pipeline.draws import Draw
-from linerate.pipeline.preview import SeenSample, caption, draw_sheet, find_position
+from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.preview import SeenSample, _stored_image, caption, draw_sheet, find_position
+from linerate.pipeline.undecodable import UndecodableImages
 from linerate.shards.errors import UserError
 
 
@@ -68,3 +70,11 @@ def test_the_caption_says_what_was_drawn():
     row[[Draw.JITTER_ORDER, Draw.FLIP, Draw.GRAY, Draw.SOLARIZE, Draw.BLUR_SIGMA]] = 23, 1, 1, 1, 1.5
     expected = ["crop 100%  flip  gray  blur 1.50  solarize", "jitter h-0.05 s1.00 c1.20 b0.80"]
     assert caption(row, height=100, width=100) == expected
+
+
+def test_an_image_that_cannot_be_shown_is_named(make_sample):
+    jpeg = np.frombuffer(make_sample(0).jpeg, dtype=np.uint8)
+    one = np.array([7])
+    broken = EncodedBatch(jpegs=[jpeg[100:]], sample_id=one, position=one, label=one, height=one, width=one)
+    with pytest.raises(UndecodableImages, match="cannot decode sample 000000000007"):
+        _stored_image(broken, 0)
