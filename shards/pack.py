@@ -35,7 +35,7 @@ from linerate.shards.sources import Source, open_source
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
-"""Called with ("list", rows listed since), ("plan", samples planned), ("pack", samples done since)."""
+"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since)."""
 
 
 def pack(
@@ -107,8 +107,8 @@ def _pack_locked(
     if not todo and (out / CATALOG_NAME).exists():
         remove_work(out)
         return Catalog.load(out)
-    on_progress("plan", plan.num_samples)
-    on_progress("pack", plan.num_samples * len(marks) // plan.num_shards)
+    # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
+    on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     num_bytes = (plan.total_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
     require_space(out, num_bytes=num_bytes)
 
