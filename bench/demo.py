@@ -179,7 +179,7 @@ def _pack_parts(options: DemoOptions) -> tuple[Catalog, Catalog]:
                 pack_source(
                     part,
                     options.out / f"shards-{part.part}",
-                    options=PackOptions(name=part.part, seed=options.seed),
+                    options=PackOptions(name=part.part, seed=options.seed, check="decode"),
                     on_progress=lambda stage, amount: advance(amount) if stage == "pack" else None,
                 )
             )

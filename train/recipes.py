@@ -114,9 +114,9 @@ def demo() -> TrainConfig:
 
     Command: linerate demo (which packs, trains and reports), or
     linerate train demo --shards SHARDS --run runs/demo
-    Cost: 1,800 iterations of 64 images, some minutes on 2 CPU cores, less on a GPU.
+    Cost: 1,500 iterations of 64 images, some minutes on 2 CPU cores, less on a GPU.
     Source: none; chosen to learn fast on few images, not to reproduce a number. The short queue and the
-    faster momentum fit a run of 1,800 steps; larger crops keep most of a 64-pixel image's figure in view.
+    faster momentum fit a run of 1,500 steps; larger crops keep most of a 64-pixel image's figure in view.
     Expected: kNN 15 points or more above raw pixels and the untrained encoder on the demo's own images.
     """
     return TrainConfig(
@@ -127,7 +127,7 @@ def demo() -> TrainConfig:
         loss=Loss(temperature=0.07),
         bn=ShuffleBN(bn_group=32),
         optim=Optim(global_batch=64, lr=0.02, weight_decay=5e-4),
-        schedule=Schedule(decay="cosine", epochs=None, iterations=1800, cosine_per="step"),
+        schedule=Schedule(decay="cosine", epochs=None, iterations=1500, cosine_per="step"),
         watch=Watch(log_steps=20, checkpoint_steps=300, knn_epochs=4),
     )
 
