@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from tests.train.small import SMALL
 
+from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config_json import load_config
 from linerate.train.run_folder import RunFolder
@@ -28,10 +29,10 @@ def test_the_log_is_cut_back_to_the_steps_that_are_done(tmp_path: Path) -> None:
     assert load_config(folder.config) == SMALL
 
 
-def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+def test_a_new_or_empty_folder_is_free(shards: Catalog, tmp_path: Path) -> None:
     RunFolder(tmp_path).require_unused()
     RunFolder(tmp_path / "new").require_unused()
-    assert RunFolder(tmp_path / "new").resume(SMALL) == (None, [])
+    assert RunFolder(tmp_path / "new").resume(SMALL, shards) == (None, [])
     assert not (tmp_path / "new").exists()
 
 
@@ -42,7 +43,7 @@ def test_a_run_that_began_is_not_started_over(tmp_path: Path) -> None:
         folder.require_unused()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(shards: Catalog, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something that is no run"):
-        RunFolder(tmp_path).resume(SMALL)
+        RunFolder(tmp_path).resume(SMALL, shards)
