@@ -17,7 +17,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from linerate.shards import terminal
-from linerate.shards.errors import UserError
+from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.options import PackOptions
 
 
@@ -125,8 +125,8 @@ def main_pack(argv: list[str]) -> int:
         return 0
     table = Table(title=f"{out}", title_justify="left", show_header=False, box=None)
     table.add_row("samples", f"{catalog.num_samples:,} in {len(overview.classes)} classes")
-    table.add_row("shards", f"{catalog.num_shards} of {_size(overview.num_bytes / catalog.num_shards)}")
-    table.add_row("bytes", _size(overview.num_bytes))
+    table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
+    table.add_row("bytes", show_bytes(overview.num_bytes))
     table.add_row("rejected", _listed(overview.rejects) or "none")
     if any(reason.startswith("not a JPEG") for reason in overview.rejects):
         table.add_row(
@@ -158,7 +158,7 @@ def main_verify(argv: list[str]) -> int:
     verdict = "[green]all is well[/]" if report.ok else f"[red]{len(report.problems)} problems[/]"
     console.print(
         f"{verdict}: {report.num_samples:,} samples in {report.num_shards} shards, "
-        f"{_size(report.num_bytes)} in {seconds:.1f} s",
+        f"{show_bytes(report.num_bytes)} in {seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )
@@ -183,14 +183,14 @@ def main_inspect(argv: list[str]) -> int:
     ):
         table.add_row(name, *(f"{values[key]:,.0f}" for key in ("min", "p10", "p50", "p90", "max", "mean")))
     console.print(
-        f"{overview.num_samples:,} samples ({_size(overview.jpeg_bytes)} of JPEG) in "
-        f"{overview.num_shards} shards ({_size(overview.num_bytes)}; {overview.smallest_shard} to "
+        f"{overview.num_samples:,} samples ({show_bytes(overview.jpeg_bytes)} of JPEG) in "
+        f"{overview.num_shards} shards ({show_bytes(overview.num_bytes)}; {overview.smallest_shard} to "
         f"{overview.largest_shard} samples each); {overview.num_rejected:,} files rejected",
         highlight=False,
         soft_wrap=True,
     )
     console.print(table)
-    console.print(_bars("size of a JPEG", {f"<= {_size(end)}": n for end, n in overview.size_histogram}))
+    console.print(_bars("size of a JPEG", {f"<= {show_bytes(end)}": n for end, n in overview.size_histogram}))
     if overview.formats:
         console.print(_bars("properties", overview.formats))
     shown = dict(list(overview.classes.items())[: args.classes])
@@ -245,7 +245,7 @@ def main_beton(argv: list[str]) -> int:
         terminal.emit_json(dataclasses.asdict(report))
     else:
         Console().print(
-            f"{report.path}: {report.num_samples:,} samples, {_size(report.num_bytes)}, "
+            f"{report.path}: {report.num_samples:,} samples, {show_bytes(report.num_bytes)}, "
             f"{report.num_converted} converted to RGB",
             highlight=False,
             soft_wrap=True,
@@ -290,13 +290,6 @@ def _bars(title: str, counts: Mapping[str, int]) -> Table:
     for name, count in counts.items():
         table.add_row(name, f"{count:,}", "█" * -(-40 * count // max(1, largest)))
     return table
-
-
-def _size(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -14,7 +14,7 @@ from itertools import filterfalse
 from pathlib import Path
 
 from linerate.shards.catalog import CATALOG_NAME
-from linerate.shards.errors import UserError
+from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 
 WORK_NAME = ".pack"
@@ -62,7 +62,9 @@ def lock_folder(out: Path) -> Iterator[None]:
                     f"{out}; wait until it ends, or give another OUT"
                 ) from None
             except OSError as error:
-                # Some network folders know no locks. Two runs do no harm there: they write the same bytes.
+                # Some network folders know no locks. There two runs may remove each other's plan and
+                # temporary files: one ends with an error, while shards that are whole stay so, since both
+                # write the same bytes.
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
             # Whoever held it before may have removed the file that we have just locked.
@@ -80,7 +82,7 @@ def require_space(out: Path, *, num_bytes: int) -> None:
     free = shutil.disk_usage(out).free
     if num_bytes > free:
         raise UserError(
-            f"the shards need about {num_bytes / 1e6:,.0f} MB, the disk of {out} has {free / 1e6:,.0f} MB "
+            f"the shards need about {show_bytes(num_bytes)}, the disk of {out} has {show_bytes(free)} "
             f"free; free some, or give an OUT on another disk"
         )
 

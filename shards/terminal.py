@@ -49,15 +49,110 @@ def parse_args(
 
 
 def _one_line(text: str) -> str:
-    """What tyro says in a box of several lines: the value and the rule, or the flag that was meant."""
-    text = " ".join(re.sub(r"[\u2500-\u257f]+", " ", text).split())
-    for tail in (" For full helptext", " Argument helptext", " Got errors"):
-        text = text.partition(tail)[0]
-    text, _, near = text.partition(" Perhaps you meant: ")
-    text = re.sub(r"^(Parsing error|Value error|Unrecognized options|Missing argument) ", "", text)
-    text = re.sub(r"^Error parsing (?=--)|^Error parsing [^:]*: ", "", text)
-    flags = list(dict.fromkeys(re.findall(r"(?:^|\) )(--[\w-]+)", near)))
-    return (text or "the arguments do not fit") + (f"; did you mean {' or '.join(flags)}?" if flags else "")
+    """What tyro says in a box of several lines, as one: the values, the rule, the flag that was meant."""
+    title, sections = _read_box(text)
+    told = _TOLD[title](sections) if title in _TOLD and sections else None
+    return told or _fold([title, *map(_fold, sections)]) or "the arguments do not fit"
+
+
+def _read_box(text: str) -> tuple[str, list[list[str]]]:
+    """A box's title and its lines, indented, in sections as rules cut them; the one on --help is left out."""
+    title, sections = "", list[list[str]]([[]])
+    for line in text.splitlines():
+        if line.startswith("\u256d"):
+            title = line.strip("\u256d\u256e\u2500 ")
+        elif not (bare := line.strip("\u2502\u2570\u256f ")):
+            continue
+        elif not bare.strip("\u2500"):
+            sections.append([])
+        else:
+            sections[-1].append(line.removeprefix("\u2502 ").rstrip("\u2502 "))
+    return title, [lines for lines in sections if lines and not lines[0].startswith("For full helptext")]
+
+
+def _fold(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
+
+
+def _told_choice(sections: list[list[str]]) -> str | None:
+    found = re.search(r"choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", _fold(sections[0]))
+    if not found:
+        return None
+    value, flag, choices = found[1], found[2], re.findall(r"'([^']*)'", found[3])
+    return f"{flag} {value} is not one of {', '.join(choices)}{_meant(value, choices)}"
+
+
+def _told_value(sections: list[list[str]]) -> str | None:
+    found = re.match(r"Error parsing ([^:]*): (.*)", _fold(sections[0]))
+    if not found:
+        return None
+    name, message = found[1], found[2].partition(" Got errors:")[0]
+    if len(sections) == 1:  # of a __post_init__: its text is ours
+        return message
+    given = re.search(r"\[(.*)\]\.?$|('.*')$", message)
+    usage = sections[1][1] if len(sections[1]) > 1 else ""  # `Argument helptext:`, `    --epochs {None}|INT`
+    kinds = re.findall(r"INT|FLOAT|PATH|STR|None", usage)
+    if not given or not kinds:
+        return f"{name}: {message}"
+    values = " ".join(re.findall(r"'([^']*)'", given[0]))
+    takes = " or ".join(_KINDS.get(kind, kind) for kind in sorted(dict.fromkeys(kinds)))
+    rule = "each must be" if "..." in usage else "it takes"
+    return f"{name} {values} does not fit: {rule} {takes}"
+
+
+def _told_unknown(sections: list[list[str]]) -> str | None:
+    words = _fold(sections[0]).removeprefix("Unrecognized options: ").split(", ")
+    flags = [word for word in words if word.startswith("-")]
+    if not flags:
+        # As the `3` of `--json=3`, too.
+        return f"{', '.join(words)}: nothing takes {'this word' if len(words) == 1 else 'these words'}"
+    # What is near stands there as `    --run-dir, --run PATH`, its help deeper.
+    lines = [line for lines in sections[1:] for line in lines if line.startswith("    --")]
+    names = [re.findall(r"(--[\w-]+)(?:,|$| )", line) for line in lines]
+    near = [difflib.get_close_matches(flags[0], found, n=1, cutoff=0.0)[0] for found in names if found]
+    meant = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return f"there is no {' and no '.join(flags)}{meant}"
+
+
+def _told_no_value(sections: list[list[str]]) -> str | None:
+    found = re.search(r"argument '(.*)'\. Expected (.*) values?", _fold(sections[0]))
+    if not found:
+        return None
+    if not found[1].startswith("-"):
+        return f"{found[1].upper()} is missing"
+    return f"{found[1]} needs {'a value' if found[2] == '1' else f'{found[2]} values'}"
+
+
+def _told_missing(sections: list[list[str]]) -> str | None:
+    """Each missing argument is a line `    --shards PATH`, its help below it deeper."""
+    named: list[list[str]] = []
+    for line in sections[0][1:]:
+        if line.startswith(" " * 8) and named:
+            named[-1].append(line)
+        else:
+            named.append([line])
+    told = [(_fold(lines[:1]), _fold(lines[1:]).removesuffix("(required)").rstrip(". ")) for lines in named]
+    if not told:
+        return None
+    missing = "missing: " + ", ".join(f"{name} ({about})" if about else name for name, about in told)
+    unknown = [word for lines in sections[1:] for word in map(str.strip, lines) if word.startswith("--")]
+    return f"{missing}; there is no {' and no '.join(unknown)}" if unknown else missing
+
+
+def _meant(value: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(value, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a word"}
+# The titles of tyro's boxes; one that is not here is folded into a line as it is.
+_TOLD: dict[str, Callable[[list[list[str]]], str | None]] = {
+    "Invalid choice": _told_choice,
+    "Value error": _told_value,
+    "Unrecognized options": _told_unknown,
+    "Missing argument": _told_no_value,
+    "Required options": _told_missing,
+}
 
 
 def dispatch(commands: Mapping[str, tuple[Command, str]], argv: list[str], *, prog: str) -> int:

@@ -5,23 +5,50 @@ RUN/checkpoints/step-000001000.pt holds the state after 1,000 steps; the same na
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import os
 import pickle
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from linerate.shards.errors import UserError
+from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError, show_bytes
 from linerate.train.config import TrainConfig
 from linerate.train.config_json import first_difference, from_plain, results_part, to_plain, write_config
 from linerate.train.encoder import Encoder, build_encoder
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{9})\.pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """The shards of a run: with the seed and the batch they decide which image is seen when."""
+
+    plan_id: str
+    """The catalog's hash of its options and its planned list of samples."""
+    num_samples: int
+    """Samples that were packed: rejects may differ under one plan."""
+    folder: str
+    """Where they lay; they may be moved."""
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> TrainedOn:
+        """What is kept of a catalog."""
+        folder = str(catalog.root.absolute())
+        return cls(plan_id=catalog.plan_id, num_samples=catalog.num_samples, folder=folder)
+
+    def holds(self, catalog: Catalog) -> bool:
+        """Whether the catalog is of these samples, in this order."""
+        return (self.plan_id, self.num_samples) == (catalog.plan_id, catalog.num_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +63,8 @@ class Checkpoint:
     """Images seen so far."""
     config: TrainConfig
     """The config of the run that wrote it."""
+    trained_on: TrainedOn | None
+    """The shards of that run; None: it was written before they were kept."""
     moco: dict[str, torch.Tensor]
     """Query encoder, key encoder, queue and pointer."""
     optimizer: dict[str, Any]
@@ -52,33 +81,82 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write the checkpoint, then drop all but the newest `keep`. A kill at any moment loses none of the old.
 
-    Written under a temporary name, fsynced and renamed; the folder is fsynced too. Raises OSError (no disk,
-    no permission) with the old checkpoints untouched.
+    Written under a temporary name, fsynced and renamed; the folder is fsynced too. Raises UserError (no
+    space, no permission) with the old checkpoints untouched and nothing half written left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / checkpoint_name(checkpoint.step)
-    state = {
-        "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
-        **{
-            name: getattr(checkpoint, name)
-            for name in ("step", "epoch", "images", "moco", "optimizer", "rng")
-        },
-        "config": to_plain(checkpoint.config),
-    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_config(checkpoint.config, path.with_suffix(".json"))
+        folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            _write_state(_plain_state(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
+        write_config(checkpoint.config, path.with_suffix(".json"))
         temporary.replace(path)
+    except OSError as error:
+        raise _not_written(path, checkpoint, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _sync_folder(folder)
     _drop_old(folder, keep=keep)
     return path
+
+
+def _plain_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    names = ("step", "epoch", "images", "moco", "optimizer", "rng")
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
+        **{name: getattr(checkpoint, name) for name in names},
+        "config": to_plain(checkpoint.config),
+        "trained_on": dataclasses.asdict(checkpoint.trained_on) if checkpoint.trained_on else None,
+    }
+
+
+class _Output:
+    """A file that remembers why a write failed: torch's writer tells of it in its own words, or in none."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_state(state: dict[str, Any], file: IO[bytes]) -> None:
+    """torch.save, whose RuntimeError after a failed write becomes that write's OSError."""
+    output = _Output(file)
+    try:
+        torch.save(state, output)  # type: ignore[arg-type]
+    except RuntimeError:
+        if output.error is None:
+            raise
+        raise output.error from None
+
+
+def _not_written(path: Path, checkpoint: Checkpoint, error: OSError) -> UserError:
+    """The error of a save: what failed, what is kept, and what to do."""
+    kept = [found.name for found in list_checkpoints(path.parent)]
+    stay = f"{kept[0]} is kept: --resume continues from it" if kept else "there is no older one"
+    why = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or not path.parent.is_dir():
+        return UserError(f"{path} cannot be written ({why}); mend that; {stay}")
+    size = show_bytes(sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.moco.values()))
+    free = show_bytes(shutil.disk_usage(path.parent).free)
+    return UserError(
+        f"{path} cannot be written ({why}): it takes more than {size}, the disk has {free} free; free some, "
+        f"or keep fewer by --keep-checkpoints; {stay}"
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -111,7 +189,7 @@ class _BrokenError(UserError):
 def load_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a file, its tensors on the CPU.
 
-    Raises UserError for a file that is no whole checkpoint, or one of a newer linerate.
+    Raises UserError for a file that is no whole checkpoint, lacks a part, or is of a newer linerate.
     """
     damage = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError)
     with path.open("rb") as file:
@@ -122,24 +200,54 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise _BrokenError(f"{path} is cut short or no checkpoint ({reason})") from None
     if not isinstance(state, dict) or "format_version" not in state:
         raise _BrokenError(f"{path} is no checkpoint of linerate; it has no format_version")
-    if state["format_version"] > FORMAT_VERSION:
+    format_version = state["format_version"]
+    if type(format_version) is not int or format_version < 1:
+        raise _BrokenError(f"{path} is no checkpoint of linerate; its format_version is {format_version!r}")
+    if format_version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {state['format_version']}, this linerate reads {FORMAT_VERSION}; "
-            "update linerate"
+            f"{path} has format {format_version}, this linerate reads {FORMAT_VERSION}; update linerate"
         )
+    try:
+        return _from_state(state)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise _BrokenError(f"{path} is no whole checkpoint of linerate ({reason})") from None
+
+
+def _from_state(state: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in what was loaded; raises one of Python's errors where a part is missing or odd."""
+    for name, kind in _PARTS.items():
+        if not isinstance(state[name], kind):
+            raise TypeError(f"{name} is {type(state[name]).__name__}, not {kind.__name__}")
+    for name, tensor in {**state["moco"], "rng.cpu": state["rng"]["cpu"]}.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is no tensor")
+    trained_on = state.get("trained_on")
     return Checkpoint(
-        step=state["step"],
-        epoch=state["epoch"],
-        images=state["images"],
         config=from_plain(state["config"]),
-        moco=state["moco"],
-        optimizer=state["optimizer"],
-        rng=state["rng"],
+        trained_on=TrainedOn(**trained_on) if trained_on else None,
+        **{name: state[name] for name in _PARTS if name != "config"},
     )
 
 
-def require_same_run(checkpoint: Checkpoint, config: TrainConfig, *, run_dir: Path) -> None:
-    """Raise UserError, with the first field that differs, where the checkpoint is of another run."""
+_PARTS: dict[str, type] = {
+    **{"step": int, "epoch": int, "images": int},
+    **{"config": dict, "moco": dict, "optimizer": dict, "rng": dict},
+}
+
+
+def require_same_run(checkpoint: Checkpoint, config: TrainConfig, catalog: Catalog, *, run_dir: Path) -> None:
+    """Raise UserError, with what differs first, where the checkpoint is of another config or other shards.
+
+    One that was written before the shards were kept in it passes.
+    """
+    before = checkpoint.trained_on
+    if before is not None and not before.holds(catalog):
+        raise UserError(
+            f"{run_dir} was trained on other shards: {before.num_samples:,} samples, plan {before.plan_id}, "
+            f"then in {before.folder}; those in {catalog.root} hold {catalog.num_samples:,}, plan "
+            f"{catalog.plan_id}; give the shards of before, or another --run to start anew on these"
+        )
     difference = first_difference(results_part(config), results_part(checkpoint.config))
     if difference:
         raise UserError(

@@ -17,7 +17,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.terminal import dispatch, emit_json, parse_args
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
-from linerate.train.plan import plan_rows, plan_run
+from linerate.train.plan import plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 
 
@@ -66,12 +66,17 @@ def main_train(argv: list[str]) -> int:
 
 
 def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
-    """The command and the config of `linerate train` argv, with the decision about lr made."""
+    """The command and the config of `linerate train` argv, with the decision about lr made.
+
+    Shards that are named must be there and fill a batch: no learning rate helps one that is too large.
+    """
     recipe = find_recipe(argv[0]).build()
     default = TrainCommand(config=ConfigFlags(**_fields(recipe)))
     words = _one_length(argv[1:])
     command = parse_args(TrainCommand, words, prog=f"linerate train {argv[0]}", default=default)
     config = TrainConfig(**_fields(command.config))
+    if command.shards is not None:
+        require_one_batch(config.optim.global_batch, num_images=Catalog.load(command.shards).num_samples)
     lr_given = _is_given("--lr", words)
     return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from pathlib import Path
@@ -33,9 +34,14 @@ def from_plain(plain: dict[str, Any]) -> TrainConfig:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write the config as readable JSON, with the version of its layout."""
+    """Write the config as readable JSON, with the version of its layout: whole, or not at all."""
     text = json.dumps({"config_version": CONFIG_VERSION, **to_plain(config)}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_config(path: Path) -> TrainConfig:

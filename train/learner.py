@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.two_views import TwoViews
-from linerate.train.checkpoint import Checkpoint
+from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
@@ -119,7 +119,18 @@ class Learner:
         finally:
             encoder.train()
 
-    def checkpoint(self, *, step: int, epoch: int) -> Checkpoint:
+    def is_finite(self) -> bool:
+        """Whether all of the state, and the losses since they were last read, are finite on every rank.
+
+        The host waits for the device; all ranks call it after the same step.
+        """
+        found = torch.isfinite(self._sums).all()
+        for tensor in self.moco.state_dict().values():
+            if tensor.is_floating_point():
+                found &= torch.isfinite(tensor).all()
+        return bool(self.accelerator.reduce(found.float(), "mean").item() == 1.0)
+
+    def checkpoint(self, *, step: int, epoch: int, trained_on: TrainedOn) -> Checkpoint:
         """Everything that `restore` needs; tensors are the live ones, so write it before the next step."""
         rng = {"cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
@@ -129,6 +140,7 @@ class Learner:
             epoch=epoch,
             images=step * self.config.optim.global_batch,
             config=self.config,
+            trained_on=trained_on,
             moco=self.moco.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=rng,

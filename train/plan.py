@@ -32,15 +32,20 @@ class RunPlan:
     """Each step at which the learning rate changes, with its new value."""
 
 
+def require_one_batch(global_batch: int, *, num_images: int) -> None:
+    """Raise UserError where the images do not fill one batch."""
+    if num_images < global_batch:
+        raise UserError(
+            f"{num_images:,} images do not fill one global_batch={global_batch}; give a --global-batch of at "
+            f"most {num_images:,} (with --scale-lr or --lr), or pack more images"
+        )
+
+
 def plan_run(config: TrainConfig, *, num_images: int, world_size: int) -> RunPlan:
     """The plan. Raises UserError where the images do not fill one batch, or the ranks do not fit."""
     batch, optim = config.optim.global_batch, config.optim
+    require_one_batch(batch, num_images=num_images)
     steps_per_epoch = num_images // batch
-    if not steps_per_epoch:
-        raise UserError(
-            f"{num_images} images do not fill one global_batch={batch}; lower --global-batch "
-            f"(with --scale-lr or --lr), or pack more images"
-        )
     total = total_steps(config.schedule, steps_per_epoch=steps_per_epoch)
     return RunPlan(
         num_images=num_images,

@@ -19,11 +19,12 @@ from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
-from linerate.train.checkpoint import Checkpoint, save_checkpoint
+from linerate.train.checkpoint import Checkpoint, TrainedOn, save_checkpoint
 from linerate.train.config import TrainConfig
 from linerate.train.launch import describe_device, open_accelerator, start_trackers, with_lanes
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
+from linerate.train.plan import require_one_batch
 from linerate.train.run_folder import RunFolder
 from linerate.train.schedules import lr_at, total_steps
 from linerate.train.stop import StopRequest, stop_on_signals
@@ -74,6 +75,7 @@ def pretrain(
     Raises UserError before the first image is read, for whatever cannot work.
     """
     config, folder, catalog = with_lanes(config), RunFolder(Path(run_dir)), Catalog.load(shards)
+    require_one_batch(config.optim.global_batch, num_images=catalog.num_samples)
     with open_accelerator(config, run_dir=folder.root) as accelerator:
         run = _open_run(config, folder, catalog, accelerator, resume=resume, on_event=on_event)
         try:
@@ -94,9 +96,11 @@ def _open_run(
     resume: bool,
     on_event: OnEvent | None,
 ) -> _Run:
-    checkpoint, notes = folder.resume(config) if resume else (None, [])
+    checkpoint, notes = folder.resume(config, catalog) if resume else (None, [])
     if not resume:
         folder.require_unused()
+    if accelerator.is_main_process:
+        folder.require_writable()
     # accelerate calls a CPU rank's device cpu:0, which is no other one than cpu.
     device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
     monitor, reason = open_monitor(
@@ -127,7 +131,8 @@ def _open_run(
     if accelerator.is_main_process:
         folder.start(config, done_steps=checkpoint.step if checkpoint else 0)
         start_trackers(accelerator, config)
-    run = _Run(config, folder, accelerator, loader, learner, monitor, on_event)
+    trained_on = TrainedOn.of(catalog)
+    run = _Run(config, folder, accelerator, loader, learner, monitor, on_event, trained_on=trained_on)
     run.begin(checkpoint, notes=[*notes, *([reason] if reason else [])])
     return run
 
@@ -144,10 +149,12 @@ class _Run:
         learner: Learner,
         monitor: KnnMonitor | None,
         on_event: OnEvent | None,
+        *,
+        trained_on: TrainedOn,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.loader, self.learner, self.monitor = loader, learner, monitor
-        self.on_event = on_event
+        self.on_event, self.trained_on = on_event, trained_on
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = total_steps(config.schedule, steps_per_epoch=loader.steps_per_epoch)
         self.step = self.logged_step = 0
@@ -182,7 +189,7 @@ class _Run:
             epoch, start_step = divmod(self.step, self.steps_per_epoch)
             with contextlib.closing(self._epoch_views(epoch, start_step)) as views:
                 for batch in views:
-                    lr = self._lr()
+                    lr = self._lr(self.step)
                     self.learner.step(batch, step=self.step, lr=lr)
                     self.step += 1
                     self._after_step(epoch, lr, stop)
@@ -210,9 +217,9 @@ class _Run:
     def _over(self) -> bool:
         return self.stopped or self.step >= self.total_steps
 
-    def _lr(self) -> float:
+    def _lr(self, step: int) -> float:
         optim, schedule = self.config.optim, self.config.schedule
-        return lr_at(schedule, lr=optim.lr, step=self.step, steps_per_epoch=self.steps_per_epoch)
+        return lr_at(schedule, lr=optim.lr, step=step, steps_per_epoch=self.steps_per_epoch)
 
     def _epoch_views(self, epoch: int, start_step: int) -> Generator[TwoViews, None, None]:
         yield from self.watch.waiting(self.loader.epoch(epoch, start_step=start_step))
@@ -238,13 +245,16 @@ class _Run:
         means, self.stopped = self.learner.read_metrics(stop=bool(stop))
         self.logged_step = self.step
         if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} at step {self.step} (lr {lr:.3g}): it diverged; the last "
-                f"checkpoint is {self.saved or 'none'}; start again with a lower --lr or --precision fp32"
-            )
+            raise self._diverged(f"the loss is {means['loss']}")
         self.last |= means
         left_s = (self.total_steps - self.step) * self.config.optim.global_batch / speed["images_per_s"]
         self._emit("step", epoch=epoch, total_steps=self.total_steps, lr=lr, left_s=left_s, **means, **speed)
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what} at step {self.step} (lr {self._lr(self.step - 1):.3g}): it diverged; the last "
+            f"checkpoint is {self.saved or 'none'}; start again with a lower --lr or --precision fp32"
+        )
 
     def _judge(self, monitor: KnnMonitor, epochs_done: int) -> None:
         """kNN on rank 0 while the others wait; every rank leaves with the same BN statistics."""
@@ -260,13 +270,17 @@ class _Run:
     def _save(self) -> None:
         with self.watch.paused():
             self.learner.average_bn()
-            self.saved_step = self.step
-            self.saved = self.folder.checkpoint_path(self.step)
+            # The log reads the loss at steps of its own: a NaN may not push out the last good checkpoint.
+            if not self.learner.is_finite():
+                raise self._diverged("the loss or a weight is not finite")
             if self.accelerator.is_main_process:
-                checkpoint = self.learner.checkpoint(step=self.step, epoch=self.step // self.steps_per_epoch)
+                epoch = self.step // self.steps_per_epoch
+                checkpoint = self.learner.checkpoint(step=self.step, epoch=epoch, trained_on=self.trained_on)
                 keep = self.config.watch.keep_checkpoints
                 save_checkpoint(self.folder.checkpoints, checkpoint, keep=keep)
-                self._emit("checkpoint", path=str(self.saved))
+            self.saved_step = self.step
+            self.saved = self.folder.checkpoint_path(self.step)
+            self._emit("checkpoint", path=str(self.saved))
             self.accelerator.wait_for_everyone()
 
     def _emit(self, kind: str, **fields: Any) -> None:

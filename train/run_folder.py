@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.checkpoint import (
     Checkpoint,
@@ -42,18 +44,23 @@ class RunFolder:
         """Where the checkpoint after that many steps lies."""
         return self.checkpoints / checkpoint_name(step)
 
-    def resume(self, config: TrainConfig) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, None for a run that has none yet, and lines about broken ones.
+    def resume(self, config: TrainConfig, catalog: Catalog) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, None for a run that has none yet, and lines that people should read.
 
-        Raises UserError where the folder holds another run, or something that is no run.
+        Raises UserError where the folder holds another run, one on other shards, or something that is no run.
         """
         self._require_run_or_nothing()
         found = load_newest(self.checkpoints)
         if found is None:
             return None, []
-        checkpoint, broken = found
-        require_same_run(checkpoint, config, run_dir=self.root)
-        return checkpoint, broken
+        checkpoint, notes = found
+        require_same_run(checkpoint, config, catalog, run_dir=self.root)
+        if checkpoint.trained_on is None:
+            notes = [
+                *notes,
+                f"the checkpoint does not say what it was trained on; {catalog.root} is taken for it",
+            ]
+        return checkpoint, notes
 
     def require_unused(self) -> None:
         """Raise UserError where a run began here already, or something else lies here."""
@@ -62,6 +69,25 @@ class RunFolder:
             raise UserError(
                 f"{self.root} holds a run already; --resume continues it, another --run starts a new one"
             )
+
+    def require_writable(self) -> None:
+        """Raise UserError where the folder, or the one that it will be made in, cannot be written to."""
+        present = self.root
+        while not present.exists():
+            present = present.parent
+        for folder in (present, self.checkpoints):
+            if not folder.is_dir():
+                continue
+            try:
+                # On most systems the file never has a name: nothing is left behind by a kill.
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(b"x")
+                    file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"--run {self.root} cannot be written: {folder}: {error.strerror or error}; "
+                    f"name a folder that you may write to"
+                ) from None
 
     def start(self, config: TrainConfig, *, done_steps: int) -> None:
         """Make the folder, write the config, and cut the log back to the steps that are done.
@@ -76,9 +102,15 @@ class RunFolder:
         temporary.replace(self.log)
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Add one line to the log; it is on its way to the disk when this returns."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        """Add one line to the log; it is on its way to the disk when this returns. Raises UserError."""
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.log} cannot be written ({error.strerror or error}); mend that, then --resume "
+                f"continues from the last checkpoint"
+            ) from None
 
     def load_log(self, kind: str = "step") -> list[dict[str, Any]]:
         """The log's lines of one kind (step, knn, ...), oldest first."""

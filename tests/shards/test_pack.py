@@ -363,8 +363,12 @@ def test_a_source_of_broken_images_leaves_nothing_behind(tmp_path: Path) -> None
 def test_a_disk_that_is_too_small_is_seen_before_the_first_image(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(UserError, match=r"the shards need about .* MB, the disk of .* has 0 MB free"):
+    monkeypatch.setattr(
+        out_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9999, 9187, 812)
+    )
+    with pytest.raises(
+        UserError, match=r"the shards need about [\d.]+ kB, the disk of .* has 812 bytes free"
+    ):
         pack(photo_folder, tmp_path / "out", options=OPTIONS, num_workers=0)
     assert not list((tmp_path / "out").glob("*shard-*"))
 

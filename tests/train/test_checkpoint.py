@@ -1,14 +1,21 @@
+import contextlib
 import dataclasses
+import errno
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train import checkpoint as checkpoint_module
 from linerate.train.checkpoint import (
     Checkpoint,
+    TrainedOn,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -21,12 +28,15 @@ from linerate.train.config_json import load_config
 CONFIG = TrainConfig(recipe="small")
 
 
-def _checkpoint(step: int, config: TrainConfig = CONFIG) -> Checkpoint:
+def _checkpoint(
+    step: int, config: TrainConfig = CONFIG, *, trained_on: TrainedOn | None = None
+) -> Checkpoint:
     return Checkpoint(
         step=step,
         epoch=step // 10,
         images=step * 256,
         config=config,
+        trained_on=trained_on,
         moco={"queue": torch.full((3,), float(step))},
         optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
         rng={"cpu": torch.get_rng_state()},
@@ -54,19 +64,62 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
     ]
 
 
-def test_a_save_that_fails_leaves_the_old_ones_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextlib.contextmanager
+def _full_disk(num_bytes: int) -> Iterator[None]:
+    """No file may grow above num_bytes; the system answers each longer write with an OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# torch's writer tells of a failed write by a RuntimeError, or by an OSError, depending on where it fails.
+@pytest.mark.parametrize("num_bytes", [100, 5_000, 390_000, 401_500])
+def test_a_full_disk_is_one_line_and_leaves_the_old_ones_and_no_litter(
+    num_bytes: int, tmp_path: Path
 ) -> None:
     old = save_checkpoint(tmp_path, _checkpoint(1), keep=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    large = dataclasses.replace(_checkpoint(2), moco={"queue": torch.zeros(100_000)})
+    with pytest.raises(UserError) as error, _full_disk(num_bytes):
+        save_checkpoint(tmp_path, large, keep=1)
+    line = str(error.value)
+    assert "\n" not in line
+    for words in ("step-000000002.pt cannot be written", "more than 400 kB", "--keep-checkpoints", old.name):
+        assert words in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
+
+def test_a_full_disk_at_the_first_save_says_that_there_is_no_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"\(No space left on device\).*there is no older one"):
         save_checkpoint(tmp_path, _checkpoint(2), keep=1)
-    assert list_checkpoints(tmp_path) == [old]
-    assert not list(tmp_path.glob(".step*"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        UserError, match=r"cannot be written \(Not a directory\); mend that; there is no older"
+    ):
+        save_checkpoint(tmp_path / "file" / "checkpoints", _checkpoint(2), keep=1)
+
+
+def test_a_defect_while_saving_stays_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        save_checkpoint(tmp_path, _checkpoint(2), keep=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_litter_of_a_killed_run_goes_with_the_next_save(tmp_path: Path) -> None:
@@ -107,20 +160,80 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "step-000000001.pt")
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format_version": "x"}, "its format_version is 'x'"),
+        ({"format_version": None}, "its format_version is None"),
+        ({"format_version": 0}, "its format_version is 0"),
+        ({"format_version": True}, "its format_version is True"),
+        ({"step": None}, "no step"),
+        ({"optimizer": None}, "no optimizer"),
+        ({"rng": {}}, "no cpu"),
+        ({"step": "7"}, "step is str, not int"),
+        ({"moco": {"queue": 3}}, "queue is no tensor"),
+        ({"config": {"seed": 3}}, "recipe"),
+        ({"config": {"recipe": "x", "sed": 3}}, "did you mean `seed`"),
+        ({"config": {"recipe": "x", "views": {"size": "a"}}}, "size|not supported"),
+        ({"trained_on": {"plan": 3}}, "trained_on|unexpected keyword"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_broken_as_a_cut_one(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(2), keep=2)
+    older = save_checkpoint(tmp_path, _checkpoint(1), keep=2)
+    state = torch.load(path, weights_only=True) | changes
+    torch.save({k: v for k, v in state.items() if v is not None or k == "format_version"}, path)
+    with pytest.raises(UserError, match=reason) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert (found[0].step, found[1]) == (1, [str(error.value)])
+    assert older.exists()
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format_version": 99}, tmp_path / "step-000000001.pt")
     with pytest.raises(UserError, match="update linerate"):
         load_newest(tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(shards: Catalog, tmp_path: Path) -> None:
     other = dataclasses.replace(CONFIG, model=Model(encoder="resnet18"))
     with pytest.raises(UserError, match=r"model\.encoder=resnet50 \(there resnet18\)") as error:
-        require_same_run(_checkpoint(1, other), CONFIG, run_dir=tmp_path)
+        require_same_run(_checkpoint(1, other), CONFIG, shards, run_dir=tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_other_speed_switches_are_the_same_run(tmp_path: Path) -> None:
-    require_same_run(
-        _checkpoint(1, dataclasses.replace(CONFIG, speed=Speed(prefetch=9))), CONFIG, run_dir=tmp_path
-    )
+def test_other_speed_switches_are_the_same_run(shards: Catalog, tmp_path: Path) -> None:
+    other = dataclasses.replace(CONFIG, speed=Speed(prefetch=9))
+    require_same_run(_checkpoint(1, other), CONFIG, shards, run_dir=tmp_path)
+
+
+def test_the_same_shards_elsewhere_are_the_same_run(shards: Catalog, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(1, trained_on=TrainedOn.of(shards)), keep=1)
+    moved = dataclasses.replace(shards, root=tmp_path / "moved")
+    require_same_run(load_checkpoint(path), CONFIG, moved, run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"plan_id": "another"}, {"num_samples": 71}])
+def test_other_shards_are_another_run(changes: dict[str, Any], shards: Catalog, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(1, trained_on=TrainedOn.of(shards))
+    other = dataclasses.replace(shards, root=tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=r"other shards: 72 samples.*give the shards of before") as error:
+        require_same_run(checkpoint, CONFIG, other, run_dir=tmp_path)
+    for words in (str(shards.root), shards.plan_id, str(other.root), other.plan_id):
+        assert words in str(error.value)
+
+
+def test_a_checkpoint_without_its_shards_still_loads(shards: Catalog, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(1), keep=1)
+    state = torch.load(path, weights_only=True)
+    del state["trained_on"]
+    torch.save(state, path)
+    found = load_checkpoint(path)
+    assert found.trained_on is None
+    require_same_run(found, CONFIG, shards, run_dir=tmp_path)

@@ -1,8 +1,10 @@
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +14,14 @@ import pytest
 import torch
 from tests.train.small import SMALL, small
 
+from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
+from linerate.train import pretrain as pretrain_module
+from linerate.train import run_folder as run_folder_module
 from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_encoder, load_trained
 from linerate.train.config import Model, Optim, Schedule, Speed
+from linerate.train.learner import Learner
 from linerate.train.pretrain import Summary, pretrain
 from linerate.train.run_folder import RunFolder
 
@@ -160,6 +166,63 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(shards: Catalog, tmp_path
     with pytest.raises(UserError, match=r"the loss is \w+ at step \d+.*lower --lr"):
         pretrain(config, shards=shards.root, run_dir=tmp_path)
     assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(learner: Learner, batch: TwoViews, *, step: int, lr: float) -> None:
+        taught(learner, batch, step=step, lr=lr)
+        if step == 6:
+            next(learner.moco.key_encoder.parameters()).data[0] = math.nan
+
+    taught = Learner.step
+    monkeypatch.setattr(Learner, "step", poison)
+    # The first line of the log would come after step 12, the checkpoint is due after step 10.
+    config = small(log_steps=100, checkpoint_steps=5)
+    with pytest.raises(
+        UserError, match=r"not finite at step 10 .*last checkpoint is .*000005\.pt; .*lower --lr"
+    ):
+        pretrain(config, shards=shards.root, run_dir=tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000000005.pt"]
+
+
+def test_a_run_continues_only_on_its_own_shards(
+    whole: tuple[Path, Summary, list[Any]], test_shards: Catalog
+) -> None:
+    with pytest.raises(UserError, match=r"was trained on other shards: 72 samples.*hold 30"):
+        pretrain(small(knn_epochs=2), shards=test_shards.root, run_dir=whole[0], resume=True)
+
+
+def test_a_checkpoint_of_before_shards_were_kept_continues_with_a_note(
+    whole: tuple[Path, Summary, list[Any]], shards: Catalog, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    newest = list_checkpoints(run / "checkpoints")[0]
+    state = torch.load(newest, weights_only=True)
+    del state["trained_on"]
+    torch.save(state, newest)
+    pretrain(small(knn_epochs=2), shards=shards.root, run_dir=run, resume=True)
+    notes = [line["text"] for line in RunFolder(run).load_log("note")]
+    assert f"the checkpoint does not say what it was trained on; {shards.root} is taken for it" in notes
+
+
+def test_what_cannot_work_is_said_before_anything_is_built(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("open_monitor", "open_views", "Learner"):
+        monkeypatch.setattr(pretrain_module, name, lambda *_, **__: pytest.fail("something was built"))
+    large = dataclasses.replace(SMALL, optim=Optim(global_batch=80))
+    with pytest.raises(UserError, match="72 images do not fill one global_batch=80"):
+        pretrain(large, shards=shards.root, run_dir=tmp_path / "run")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run_folder_module.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"run cannot be written: .*Permission denied; name a folder"):
+        pretrain(SMALL, shards=shards.root, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_log_goes_to_tensorboard_too(shards: Catalog, tmp_path: Path) -> None:

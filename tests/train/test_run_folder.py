@@ -1,9 +1,15 @@
 import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.train.small import SMALL
 
+from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config_json import load_config
 from linerate.train.run_folder import RunFolder
@@ -28,11 +34,56 @@ def test_the_log_is_cut_back_to_the_steps_that_are_done(tmp_path: Path) -> None:
     assert load_config(folder.config) == SMALL
 
 
-def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+def test_a_new_or_empty_folder_is_free(shards: Catalog, tmp_path: Path) -> None:
     RunFolder(tmp_path).require_unused()
     RunFolder(tmp_path / "new").require_unused()
-    assert RunFolder(tmp_path / "new").resume(SMALL) == (None, [])
+    assert RunFolder(tmp_path / "new").resume(SMALL, shards) == (None, [])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def unwritable() -> Iterator[Path]:
+    """A folder that this process may only read, but for `mine`; root becomes somebody else meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "mine" / "checkpoints").mkdir(parents=True)
+    (folder / "mine" / "checkpoints").chmod(0o555)
+    (folder / "mine").chmod(0o777)
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    for path in (folder, folder / "mine", folder / "mine" / "checkpoints"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("run", "at_fault"), [("", ""), ("new/run", ""), ("mine", "mine/checkpoints"), ("mine/new", None)]
+)
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
+    run: str, at_fault: str | None, unwritable: Path
+) -> None:
+    root = unwritable / run
+    if at_fault is None:
+        RunFolder(root).require_writable()
+        return
+    line = f"--run {root} cannot be written: {unwritable / at_fault}: Permission denied; name a folder"
+    with pytest.raises(UserError, match=re.escape(line)):
+        RunFolder(root).require_writable()
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new" / "run").require_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be written \(No such file.*--resume continues"):
+        folder.append({"event": "step"})
 
 
 def test_a_run_that_began_is_not_started_over(tmp_path: Path) -> None:
@@ -42,7 +93,7 @@ def test_a_run_that_began_is_not_started_over(tmp_path: Path) -> None:
         folder.require_unused()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(shards: Catalog, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something that is no run"):
-        RunFolder(tmp_path).resume(SMALL)
+        RunFolder(tmp_path).resume(SMALL, shards)
