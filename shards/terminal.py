@@ -56,18 +56,20 @@ def _one_line(text: str) -> str:
 
 
 def _read_box(text: str) -> tuple[str, list[list[str]]]:
-    """A box's title and its lines, indented, in sections as rules cut them; the one on --help is left out."""
-    title, sections = "", list[list[str]]([[]])
-    for line in text.splitlines():
-        if line.startswith("\u256d"):
-            title = line.strip("\u256d\u256e\u2500 ")
-        elif not (bare := line.strip("\u2502\u2570\u256f ")):
-            continue
-        elif not bare.strip("\u2500"):
+    """A box's title and its lines, indented, in sections as rules cut them; the one on --help is left out.
+
+    Where stdout does not say `utf-8` the box has no frame, and its rules are of `-`.
+    """
+    first, *rest = text.splitlines() or [""]
+    sections = list[list[str]]([[]])
+    for line in rest:
+        bare = line.strip(_FRAME)
+        if bare and not bare.strip("\u2500-"):
             sections.append([])
-        else:
-            sections[-1].append(line.removeprefix("\u2502 ").rstrip("\u2502 "))
-    return title, [lines for lines in sections if lines and not lines[0].startswith("For full helptext")]
+        elif bare:
+            sections[-1].append(re.sub("^[\u2502 ] ", "", line).rstrip(_FRAME))
+    sections = [lines for lines in sections if lines and not lines[0].startswith("For full helptext")]
+    return first.strip(_FRAME + "\u2500"), sections
 
 
 def _fold(lines: list[str]) -> str:
@@ -144,6 +146,7 @@ def _meant(value: str, names: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_FRAME = "\u2502\u256d\u256e\u2570\u256f "
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a word"}
 # The titles of tyro's boxes; one that is not here is folded into a line as it is.
 _TOLD: dict[str, Callable[[list[list[str]]], str | None]] = {

@@ -1,3 +1,4 @@
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,11 +67,17 @@ def _told(*words: str) -> str:
         ("--json=3 extra", "3, extra: nothing takes these words"),
     ],
 )
-def test_each_mistake_is_one_line_with_the_value_and_the_rule(words: str, line: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_each_mistake_is_one_line_with_the_value_and_the_rule(
+    words: str, line: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert _told("a", "--out", "b", *words.split()) == line
 
 
-def test_what_is_missing_is_named_with_what_it_is_for() -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_missing_is_named_with_what_it_is_for(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     out = (
         "--out-dir PATH, --out PATH (Where it goes: a long help text, so that the box around the message has "
         "to break it over lines)"
