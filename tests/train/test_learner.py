@@ -8,8 +8,11 @@ from tests.train.small import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train.checkpoint import TrainedOn
 from linerate.train.launch import open_accelerator
 from linerate.train.learner import Learner
+
+TRAINED_ON = TrainedOn(plan_id="plan", num_samples=64, folder="shards")
 
 
 class CountReads(TorchDispatchMode):
@@ -63,10 +66,14 @@ def test_a_restored_learner_goes_on_bit_for_bit(tmp_path: Path) -> None:
         first = Learner(SMALL, accelerator)
         first.step(_batch(0), step=0, lr=0.1)
         path = tmp_path / "state.pt"
-        torch.save(first.checkpoint(step=1, epoch=0).__dict__ | {"config": None}, path)
+        torch.save(
+            first.checkpoint(step=1, epoch=0, trained_on=TRAINED_ON).__dict__
+            | {"config": None, "trained_on": None},
+            path,
+        )
         state = torch.load(path, weights_only=True)
         second = Learner(SMALL, accelerator)
-        second.restore(type(first.checkpoint(step=1, epoch=0))(**state))
+        second.restore(type(first.checkpoint(step=1, epoch=0, trained_on=TRAINED_ON))(**state))
         for learner in (first, second):
             learner.step(_batch(1), step=1, lr=0.1)
         ours, theirs = first.moco.state_dict(), second.moco.state_dict()
