@@ -63,6 +63,7 @@ def measure_parity(
     *,
     recipe: ViewRecipe,
     seed: int = 0,
+    epoch: int = 0,
     device: str = "cpu",
     form: Form | None = None,
     num_threads: int = 1,
@@ -76,7 +77,7 @@ def measure_parity(
     drawn = draw_views(
         ViewRecipe(name="every", size=size, query=_EVERY, key=_EVERY),
         seed=seed,
-        epoch=0,
+        epoch=epoch,
         sample_id=batch.sample_id,
         height=batch.height,
         width=batch.width,
@@ -96,7 +97,7 @@ def measure_parity(
         draws = draw_views(
             recipe,
             seed=seed,
-            epoch=0,
+            epoch=epoch,
             sample_id=batch.sample_id,
             height=batch.height,
             width=batch.width,
