@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -60,7 +60,7 @@ class DaliViews:
         self._idle: _Pipeline | None = None
         self._in_use: deque[tuple[Any, torch.cuda.Event]] = deque()
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
         """The views of fetch(step) for every step, in order.
 
         fetch is called from one background thread, up to 2 * prefetch steps ahead.

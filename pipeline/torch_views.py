@@ -6,7 +6,7 @@ import io
 import math
 import multiprocessing
 import multiprocessing.context
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
+from linerate.pipeline.bad_samples import BadSamples
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.recipe import ViewRecipe
@@ -42,8 +43,8 @@ class TorchViews:
         self._num_workers = num_threads if num_threads > 1 else 0
         self._prefetch = max(1, prefetch)
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
-        """The views of fetch(step) for every step, in order. Raises UndecodableImages."""
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
+        """The views of fetch(step) for every step, in order. Raises BadSamples."""
         num_workers = min(self._num_workers, len(steps))
         loader = DataLoader(
             _Steps(fetch, self._recipe, self._seed, epoch, steps),
@@ -54,7 +55,7 @@ class TorchViews:
             pin_memory=self._device.type == "cuda",
         )
         for pixels, origin in loader:
-            if isinstance(origin, UndecodableImages):
+            if isinstance(origin, BadSamples):
                 raise origin
             query, key = (one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels)
             sample_id, position, label = origin
@@ -74,7 +75,7 @@ def _worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-Item = tuple[tuple[Tensor, Tensor] | None, Tensor | UndecodableImages]
+Item = tuple[tuple[Tensor, Tensor] | None, Tensor | BadSamples]
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class _Steps(Dataset[Item]):
         return len(self.steps)
 
     def __getitem__(self, place: int) -> Item:
-        batch = self.fetch(self.steps[place])
         try:
+            batch = self.fetch(self.steps[place])
             images = decode_all(batch)
-        except UndecodableImages as error:
+        except BadSamples as error:
             # Raised here it would reach the parent with the worker's traceback for a message.
             return None, error
         origin = np.stack([batch.sample_id, batch.position, batch.label])
