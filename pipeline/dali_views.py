@@ -36,6 +36,8 @@ class DaliViews:
     given back to DALI while torch's kernels still wait would be overwritten under them.
     """
 
+    own_order = False
+
     def __init__(
         self,
         *,

@@ -29,6 +29,7 @@ from linerate.shards.terminal import nearest
 _CLASSES = {
     "dali": ("linerate.pipeline.dali_views", "DaliViews"),
     "torch": ("linerate.pipeline.torch_views", "TorchViews"),
+    "webdataset": ("linerate.pipeline.wds_views", "WebdatasetViews"),
     "synthetic": ("linerate.pipeline.synthetic_views", "SyntheticViews"),
 }
 BACKENDS = tuple(_CLASSES)
@@ -36,6 +37,9 @@ BACKENDS = tuple(_CLASSES)
 
 class Backend(Protocol):
     """Turns encoded images into views, by the recipe's draws. To add one: a class and a line above."""
+
+    own_order: bool
+    """True: it takes neither the order nor the draws, as other projects' pipelines."""
 
     def run(
         self, fetch: Callable[[int], EncodedBatch], steps: range, *, epoch: int
@@ -110,13 +114,19 @@ class ViewLoader:
             except BadSamples as error:
                 known = self.replacements.learn(error, epoch=epoch, step=step)
                 self._fetch = self._fetch.without(known)
+                if self._backend.own_order:  # it leaves them out
+                    num = len(error.position) if error.shard is None else self._rows(error.shard)
+                    self._replaced(num)
 
     def _count(self, views: TwoViews, step: int) -> None:
-        if not self.replacements.known:
-            return
-        replaced = views.position.numpy() != self._fetch.positions(step)
-        num_rank_samples = self.steps_per_epoch * self.rank_batch
-        self.replacements.count(int(replaced.sum()), num_rank_samples=num_rank_samples)
+        if self.replacements.known and not self._backend.own_order:
+            self._replaced(int((views.position.numpy() != self._fetch.positions(step)).sum()))
+
+    def _replaced(self, num: int) -> None:
+        self.replacements.count(num, num_rank_samples=self.steps_per_epoch * self.rank_batch)
+
+    def _rows(self, shard: int) -> int:
+        return int(self._fetch.starts[shard + 1] - self._fetch.starts[shard])
 
     def close(self) -> None:
         self._backend.close()

@@ -19,6 +19,7 @@ class SyntheticViews:
     """
 
     num_batches = 2
+    own_order = False
 
     def __init__(
         self, *, recipe: ViewRecipe, seed: int, batch: int, device: str, num_threads: int, prefetch: int

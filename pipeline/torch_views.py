@@ -34,6 +34,8 @@ class TorchViews:
     Each worker makes whole batches. A TwoViews is yours for as long as you hold it.
     """
 
+    own_order = False
+
     def __init__(
         self, *, recipe: ViewRecipe, seed: int, batch: int, device: str, num_threads: int, prefetch: int
     ) -> None:
@@ -51,7 +53,7 @@ class TorchViews:
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=math.ceil(self._prefetch / num_workers) if num_workers else None,
-            multiprocessing_context=_worker_context() if num_workers else None,
+            multiprocessing_context=worker_context() if num_workers else None,
             pin_memory=self._device.type == "cuda",
         )
         for pixels, origin in loader:
@@ -65,7 +67,7 @@ class TorchViews:
         """Nothing outlives run."""
 
 
-def _worker_context() -> multiprocessing.context.BaseContext:
+def worker_context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a server that has imported all they need, once for the life of this process.
 
     Forking this process itself can hang in the locks of CUDA's, DALI's and OpenMP's threads.
