@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cores import default_num_threads
-from linerate.pipeline.loader import BACKENDS
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes
 from linerate.pipeline.order_report import order_rows, report_order
 from linerate.pipeline.preview import draw_sheet, find_position, see_samples
@@ -23,7 +22,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, nearest, parse_args
 
 DEFAULT_DRAWN_SAMPLES, DEFAULT_PARITY_SAMPLES = 8, 64
-DRAWN_BACKENDS = tuple(b for b in BACKENDS if b != "synthetic")
+DRAWN_BACKENDS = ("dali", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ _CLASSES = {
     "dali": ("linerate.pipeline.dali_views", "DaliViews"),
     "torch": ("linerate.pipeline.torch_views", "TorchViews"),
     "webdataset": ("linerate.pipeline.wds_views", "WebdatasetViews"),
+    "ffcv": ("linerate.pipeline.ffcv_views", "FfcvViews"),
     "synthetic": ("linerate.pipeline.synthetic_views", "SyntheticViews"),
 }
 BACKENDS = tuple(_CLASSES)

@@ -27,8 +27,9 @@ class Views:
     """Smallest share of the image's area that a crop may take; None: the augmentation's own."""
     blur: bool = True
     """Whether an augmentation that has blur uses it (at 32 pixels it does harm)."""
-    backend: Literal["dali", "torch", "synthetic"] = "dali"
-    """What draws the views: dali and torch agree within the parity bound; synthetic is noise, for timing."""
+    backend: Literal["dali", "torch", "webdataset", "ffcv", "synthetic"] = "dali"
+    """What makes the views: dali and torch make the same ones; webdataset and ffcv have an order and random
+    numbers of their own, so a resumed run differs; synthetic is noise, for timing."""
 
     def __post_init__(self) -> None:
         _at_least("size", self.size, 8)

@@ -163,6 +163,11 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(shards: Catalog, tmp_path
     assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
+def test_a_run_trains_on_webdatasets_own_pipeline(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, views=dataclasses.replace(SMALL.views, backend="webdataset"))
+    assert pretrain(config, shards=shards.root, run_dir=tmp_path).finished
+
+
 def test_a_damaged_sample_is_replaced_counted_and_written_with_its_key(
     shards: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
