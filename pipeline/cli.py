@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _parity(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
     """`met` in the result says whether every difference keeps its bound."""
     import torch
 
-    from linerate.pipeline.parity import measure_parity
+    from linerate.pipeline.parity import measure_ffcv_decoder, measure_parity
 
     if args.device not in ("cpu", "cuda"):
         raise nearest(args.device, ["cpu", "cuda"], what="device")
@@ -157,6 +158,7 @@ def _parity(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
         device=args.device,
         num_threads=default_num_threads(),
     )
+    found += [one for one in [measure_ffcv_decoder(batch)] if one]
     result = {
         "met": all(one.met for one in found),
         "num_samples": len(batch.jpegs),
@@ -174,9 +176,13 @@ def _parity(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
     for header in ("operation", "mean", "p99", "max", "mean may be", ""):
         table.add_column(header, justify="left" if header in ("operation", "") else "right")
     for one in found:
-        numbers = f"{one.mean:.4f}", f"{one.p99:.0f}", f"{one.max:.0f}", f"{one.mean_bound:g}"
+        numbers = f"{one.mean:.4f}", f"{one.p99:.0f}", f"{one.max:.0f}", _bound(one.mean_bound)
         table.add_row(one.name, *numbers, "" if one.met else "TOO FAR")
     return result, table
+
+
+def _bound(bound: float) -> str:
+    return "any" if math.isinf(bound) else f"{bound:g}"
 
 
 def _positions(args: ViewsArgs, catalog: Catalog, *, default: int) -> list[int]:

@@ -119,6 +119,15 @@ class FfcvViews:
         )
 
 
+def decode_by_ffcv(jpeg: NDArray[np.uint8], *, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8: what ffcv's decoder makes of a JPEG that is gray or RGB."""
+    from ffcv.libffcv import imdecode
+
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    imdecode(jpeg, image, height, width, height, width)
+    return image
+
+
 def _join(batches: Any) -> None:
     """Wait for the thread, which writes into memory that goes with the iterator, and may wait for room."""
     while batches.is_alive():

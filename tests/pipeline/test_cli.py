@@ -64,7 +64,8 @@ def test_parity_is_measured_per_operation_and_for_the_recipe(catalog, capsys):
     result = run_json(capsys, *argv)
     assert (result["met"], result["num_samples"], result["device"]) == (True, 4, "cpu")
     names = [one["name"] for one in result["differences"]]
-    assert (names[0], names[-1]) == ("crop", "v2")
+    assert names[0] == "crop"
+    assert "v2" in names
     assert all(0 <= one["mean"] <= one["p99"] + 1 <= one["max"] + 2 for one in result["differences"])
 
 
