@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from linerate.pipeline.loader import BACKENDS
+from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes
+from linerate.pipeline.order_report import order_rows, report_order
 from linerate.pipeline.preview import draw_sheet, find_position, see_samples
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.recipe import RECIPES, find_recipe
-from linerate.pipeline.shuffle_quality import measured_steps, shuffle_quality
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, nearest, parse_args
 
-DRAWN_BACKENDS = tuple(b for b in BACKENDS if b != "synthetic")
+DEFAULT_DRAWN_SAMPLES, DEFAULT_PARITY_SAMPLES = 8, 64
+DRAWN_BACKENDS = ("dali", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class ViewsArgs:
     """Draw images beside their two views, exactly as training with the same seed sees them.
 
     The picture marks both crop windows in the stored image. --sample and --epoch replay any view;
-    --order prints how an epoch is read and how well it is shuffled.
+    --order prints how an epoch is read and how well it is shuffled. --parity measures how far dali's
+    views lie from torchvision's on the same draws.
     """
 
     recipe: tyro.conf.Positional[str]
@@ -40,8 +43,8 @@ class ViewsArgs:
     """The picture, PNG."""
     sample: tuple[int, ...] = ()
     """Ids of the samples to draw (as the tar names them); without it some from all over the shards."""
-    samples: int = 8
-    """How many samples, where --sample names none."""
+    samples: int | None = None
+    """How many samples, where --sample names none; by default 8, and 64 for --parity."""
     epoch: int = 0
     """The epoch whose views are drawn."""
     epochs: int = 1
@@ -52,6 +55,10 @@ class ViewsArgs:
     """The seed of the run to look at."""
     backend: str = "dali"
     """dali or torch: both make the same views from the same draws."""
+    parity: bool = False
+    """Instead of drawing, compare dali with torchvision on the same draws; exit 1 beyond the bounds."""
+    device: str = "cpu"
+    """For --parity: where dali works, cpu or cuda."""
     order: bool = False
     """Print the epoch's order instead of drawing: steps, drops, lanes, shuffle quality."""
     global_batch: int = 256
@@ -73,26 +80,17 @@ def main(argv: list[str]) -> int:
     if args.backend not in DRAWN_BACKENDS:
         raise nearest(args.backend, list(DRAWN_BACKENDS), what="backend that makes views of images:")
     catalog = Catalog.load(args.shards)
-    result, table = _order(args, catalog) if args.order else _picture(args, catalog)
+    make = _order if args.order else _parity if args.parity else _picture
+    result, table = make(args, catalog)
     if args.json:
         emit_json(result)
     else:
         Console().print(table)
-    return 0
+    return int(not result.get("met", True))
 
 
 def _picture(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
-    if args.samples < 1 or args.epochs < 1 or args.epoch < 0:
-        raise UserError(
-            f"--samples {args.samples} --epochs {args.epochs} --epoch {args.epoch}: "
-            "at least 1 sample, 1 epoch, epoch 0"
-        )
-    if not catalog.num_samples:
-        raise UserError(f"the shards in {args.shards} hold no sample; pack some images first")
-    positions = [find_position(catalog, sample_id) for sample_id in args.sample]
-    if not positions:
-        num = min(args.samples, catalog.num_samples)
-        positions = np.linspace(0, catalog.num_samples - 1, num).astype(int).tolist()
+    positions = _positions(args, catalog, default=DEFAULT_DRAWN_SAMPLES)
     _check_out(args.out)
     seen = see_samples(
         catalog,
@@ -125,71 +123,81 @@ def _picture(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
 
 
 def _order(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
-    num_lanes = default_num_lanes(args.global_batch) if args.num_lanes is None else args.num_lanes
     order = EpochOrder(
         catalog.shard_sizes,
         seed=args.seed,
         epoch=args.epoch,
         global_batch=args.global_batch,
-        num_lanes=num_lanes,
+        num_lanes=default_num_lanes(args.global_batch) if args.num_lanes is None else args.num_lanes,
         window_shards=args.window_shards,
     )
-    ranks = [_rank_share(order, catalog, rank=r, world_size=args.world_size) for r in range(args.world_size)]
-    batches = np.array([order.positions(int(s)) for s in measured_steps(order, num_steps=32)])
-    reader = ShardReader(catalog, num_shards_at_hand=16)
-    labels = reader.index_rows(batches.ravel())["label"].reshape(batches.shape)
-    quality = shuffle_quality(
-        batches, shard_sizes=catalog.shard_sizes, labels=labels if (labels >= 0).any() else None
+    result = report_order(order, catalog, world_size=args.world_size)
+    return result, _table(f"Order of epoch {args.epoch} of {args.shards}", order_rows(result))
+
+
+def _parity(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
+    """`met` in the result says whether every difference keeps its bound."""
+    import torch
+
+    from linerate.pipeline.parity import measure_ffcv_decoder, measure_parity
+
+    if args.device not in ("cpu", "cuda"):
+        raise nearest(args.device, ["cpu", "cuda"], what="device")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here; --device cpu compares DALI on the CPU")
+    reader = ShardReader(catalog)
+    try:
+        batch = reader.read(np.array(_positions(args, catalog, default=DEFAULT_PARITY_SAMPLES)))
+    finally:
+        reader.close()
+    found = measure_parity(
+        batch,
+        recipe=find_recipe(args.recipe, size=args.size),
+        seed=args.seed,
+        epoch=args.epoch,
+        device=args.device,
+        num_threads=default_num_threads(),
     )
+    found += [one for one in [measure_ffcv_decoder(batch)] if one]
     result = {
-        "num_samples": order.num_samples,
-        "num_shards": catalog.num_shards,
-        "global_batch": args.global_batch,
-        "world_size": args.world_size,
-        "num_lanes": num_lanes,
-        "window_shards": args.window_shards,
-        "epoch": args.epoch,
+        "met": all(one.met for one in found),
+        "num_samples": len(batch.jpegs),
+        "recipe": args.recipe,
+        "size": args.size,
         "seed": args.seed,
-        "steps_per_epoch": order.num_steps,
-        "num_dropped": order.num_dropped,
-        "ranks": ranks,
-        "shuffle": asdict(quality),
+        "epoch": args.epoch,
+        "device": args.device,
+        "differences": [asdict(one) | {"met": one.met} for one in found],
     }
-    shards, bytes_read = ([rank[key] for rank in ranks] for key in ("num_shards", "num_bytes"))
-    rows = [
-        ("samples", f"{order.num_samples:,} in {catalog.num_shards:,} shards"),
-        ("steps per epoch", f"{order.num_steps:,} of {args.global_batch:,} samples"),
-        ("dropped per epoch", f"{order.num_dropped:,}, others every epoch"),
-        ("lanes", f"{num_lanes}, each shuffling {args.window_shards} shards at a time"),
-        ("shards per rank", f"{min(shards):,} to {max(shards):,}, world size {args.world_size}"),
-        ("bytes per rank", f"{min(bytes_read) / 1e6:,.1f} to {max(bytes_read) / 1e6:,.1f} MB, about"),
-        *_quality_rows(asdict(quality)),
-    ]
-    return result, _table(f"Order of epoch {args.epoch} of {args.shards}", rows)
+    title = (
+        f"dali on the {args.device} against torchvision, same draws, {len(batch.jpegs)} samples, grey levels"
+    )
+    table = Table(title=title, title_justify="left")
+    for header in ("operation", "mean", "p99", "max", "mean may be", ""):
+        table.add_column(header, justify="left" if header in ("operation", "") else "right")
+    for one in found:
+        numbers = f"{one.mean:.4f}", f"{one.p99:.0f}", f"{one.max:.0f}", _bound(one.mean_bound)
+        table.add_row(one.name, *numbers, "" if one.met else "TOO FAR")
+    return result, table
 
 
-def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        ("shards per batch", "shards_per_batch", "{:.1f}"),
-        ("pairs of one shard", "same_shard_pairs", "{:.2%}"),
-        ("length of class runs", "class_run", "{:.3f}"),
-    ]
-    return [
-        (title, f"{form.format(quality[key])}; uniform {form.format(quality[key + '_uniform'])}")
-        for title, key, form in rows
-        if quality[key] is not None
-    ]
+def _bound(bound: float) -> str:
+    return "any" if math.isinf(bound) else f"{bound:g}"
 
 
-def _rank_share(order: EpochOrder, catalog: Catalog, *, rank: int, world_size: int) -> dict[str, int]:
-    shard, _, rows = order.pieces(rank=rank, world_size=world_size)
-    # By the shard's mean: the exact bytes would cost the index of every shard.
-    share = rows / np.maximum(catalog.shard_sizes[shard], 1)
-    return {
-        "num_shards": len(np.unique(shard)),
-        "num_samples": int(rows.sum()),
-        "num_bytes": int((catalog.shard_bytes[shard] * share).sum()),
-    }
+def _positions(args: ViewsArgs, catalog: Catalog, *, default: int) -> list[int]:
+    """Those of --sample, or --samples from all over the shards."""
+    if (args.samples is not None and args.samples < 1) or args.epochs < 1 or args.epoch < 0:
+        raise UserError(
+            f"--samples {args.samples} --epochs {args.epochs} --epoch {args.epoch}: "
+            "at least 1 sample, 1 epoch, epoch 0"
+        )
+    if not catalog.num_samples:
+        raise UserError(f"the shards in {args.shards} hold no sample; pack some images first")
+    if args.sample:
+        return [find_position(catalog, sample_id) for sample_id in args.sample]
+    num = min(args.samples or default, catalog.num_samples)
+    return [int(place) for place in np.linspace(0, catalog.num_samples - 1, num).astype(int)]
 
 
 def _check_out(out: Path) -> None:

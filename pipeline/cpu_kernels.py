@@ -49,7 +49,22 @@ f32 = np.float32
 @njit(**_options)
 def make_view(out, image, draws):
     """Write into `out` (S, S, 3) what `draws` (P,) make of `image` (H, W, 3)."""
-    planes = _crop(image, draws, out.shape[0])
+    _finish(out, _crop(image, draws, out.shape[0]), draws)
+
+
+@njit(**_options)
+def finish_view(out, image, draws):
+    """Write into `out` (S, S, 3) what `draws` (P,) make of `image` (S, S, 3), the window left aside."""
+    planes = np.empty((3, *out.shape[:2]), np.uint8)
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            for c in range(3):
+                planes[c, y, x] = image[y, x, c]
+    _finish(out, planes, draws)
+
+
+@njit(**_options)
+def _finish(out, planes, draws):
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     if draws[_GRAY_FIRST] > 0.5:
         grayscale(r, g, b)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -36,6 +36,8 @@ class DaliViews:
     given back to DALI while torch's kernels still wait would be overwritten under them.
     """
 
+    own_order = False
+
     def __init__(
         self,
         *,
@@ -60,7 +62,7 @@ class DaliViews:
         self._idle: _Pipeline | None = None
         self._in_use: deque[tuple[Any, torch.cuda.Event]] = deque()
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
         """The views of fetch(step) for every step, in order.
 
         fetch is called from one background thread, up to 2 * prefetch steps ahead.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Protocol
 
+from linerate.pipeline.bad_samples import (
+    DEFAULT_BAD_SHARE,
+    BadSample,
+    BadSamples,
+    Replacements,
+    log_bad_sample,
+)
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
@@ -21,6 +29,8 @@ from linerate.shards.terminal import nearest
 _CLASSES = {
     "dali": ("linerate.pipeline.dali_views", "DaliViews"),
     "torch": ("linerate.pipeline.torch_views", "TorchViews"),
+    "webdataset": ("linerate.pipeline.wds_views", "WebdatasetViews"),
+    "ffcv": ("linerate.pipeline.ffcv_views", "FfcvViews"),
     "synthetic": ("linerate.pipeline.synthetic_views", "SyntheticViews"),
 }
 BACKENDS = tuple(_CLASSES)
@@ -29,9 +39,12 @@ BACKENDS = tuple(_CLASSES)
 class Backend(Protocol):
     """Turns encoded images into views, by the recipe's draws. To add one: a class and a line above."""
 
+    own_order: bool
+    """True: it takes neither the order nor the draws, as other projects' pipelines."""
+
     def run(
         self, fetch: Callable[[int], EncodedBatch], steps: range, *, epoch: int
-    ) -> Iterator[TwoViews]: ...
+    ) -> Generator[TwoViews, None, None]: ...
 
     def close(self) -> None: ...
 
@@ -65,20 +78,56 @@ class ViewLoader:
     """A rank's views, epoch by epoch. (epoch, step) is the whole state of a run."""
 
     def __init__(
-        self, backend: Backend, fetch: EpochFetch, *, steps_per_epoch: int, num_dropped: int
+        self,
+        backend: Backend,
+        fetch: EpochFetch,
+        replacements: Replacements,
+        *,
+        steps_per_epoch: int,
+        num_dropped: int,
     ) -> None:
         self._backend, self._fetch = backend, fetch
+        self.replacements = replacements
         self.steps_per_epoch = steps_per_epoch
         self.num_dropped = num_dropped
         """Samples that each epoch leaves out, others every time."""
         self.rank_batch = fetch.rank_batch
 
-    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[TwoViews]:
-        """The batches start_step..steps_per_epoch-1 of an epoch. Hold only the one at hand."""
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[TwoViews, None, None]:
+        """The batches start_step..steps_per_epoch-1 of an epoch. Hold only the one at hand.
+
+        Bad samples are replaced and counted; what the backend had in the making is made again then, so
+        that no step is lost or done twice. Raises UserError where they are more than may be.
+        """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step={start_step} is not in 0..{self.steps_per_epoch}, the epoch's steps")
-        self._fetch = self._fetch.for_epoch(epoch)
-        yield from self._backend.run(self._fetch, range(start_step, self.steps_per_epoch), epoch=epoch)
+        self.replacements.begin_epoch()
+        self._fetch = self._fetch.for_epoch(epoch).without(self.replacements.known)
+        step = start_step
+        while step < self.steps_per_epoch:
+            steps = range(step, self.steps_per_epoch)
+            try:
+                with contextlib.closing(self._backend.run(self._fetch, steps, epoch=epoch)) as batches:
+                    for views in batches:
+                        self._count(views, step)
+                        step += 1
+                        yield views
+            except BadSamples as error:
+                known = self.replacements.learn(error, epoch=epoch, step=step)
+                self._fetch = self._fetch.without(known)
+                if self._backend.own_order:  # it leaves them out
+                    num = len(error.position) if error.shard is None else self._rows(error.shard)
+                    self._replaced(num)
+
+    def _count(self, views: TwoViews, step: int) -> None:
+        if self.replacements.known and not self._backend.own_order:
+            self._replaced(int((views.position.numpy() != self._fetch.positions(step)).sum()))
+
+    def _replaced(self, num: int) -> None:
+        self.replacements.count(num, num_rank_samples=self.steps_per_epoch * self.rank_batch)
+
+    def _rows(self, shard: int) -> int:
+        return int(self._fetch.starts[shard + 1] - self._fetch.starts[shard])
 
     def close(self) -> None:
         self._backend.close()
@@ -99,11 +148,14 @@ def open_views(
     window_shards: int = DEFAULT_WINDOW_SHARDS,
     num_threads: int | None = None,
     prefetch: int = 2,
+    bad_share: float = DEFAULT_BAD_SHARE,
+    on_bad: Callable[[BadSample], None] = log_bad_sample,
 ) -> ViewLoader:
     """The two views of every sample for one rank: same views whatever backend, world size or restart.
 
     num_lanes: None takes `default_num_lanes(global_batch)`; the world size must divide it.
     num_threads: None takes the cores that this rank has. prefetch: batches made ahead.
+    bad_share: the share of an epoch's samples that may be replaced; on_bad is told each that is found bad.
     Raises UserError before any image is read, for whatever cannot work.
     """
     catalog = catalog if isinstance(catalog, Catalog) else Catalog.load(catalog)
@@ -137,7 +189,13 @@ def open_views(
         num_threads=num_threads,
         prefetch=prefetch,
     )
-    return ViewLoader(views, fetch, steps_per_epoch=order.num_steps, num_dropped=order.num_dropped)
+    return ViewLoader(
+        views,
+        fetch,
+        Replacements(catalog, share=bad_share, on_bad=on_bad),
+        steps_per_epoch=order.num_steps,
+        num_dropped=order.num_dropped,
+    )
 
 
 def _check_world_size(global_batch: int, num_lanes: int, *, rank: int, world_size: int) -> None:

@@ -5,6 +5,7 @@ Differences are in grey levels (0..255), over all channels of all views.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from linerate.pipeline.dali_views import views_of_draws
 from linerate.pipeline.draws import Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.recipe import OneView, ViewRecipe
-from linerate.pipeline.torch_views import decode_all, reference_views
+from linerate.pipeline.torch_views import decode_all, decode_rgb, reference_views
 
 # The greatest mean difference that is taken for the same operation.
 MEAN_BOUNDS = {
@@ -63,6 +64,7 @@ def measure_parity(
     *,
     recipe: ViewRecipe,
     seed: int = 0,
+    epoch: int = 0,
     device: str = "cpu",
     form: Form | None = None,
     num_threads: int = 1,
@@ -76,7 +78,7 @@ def measure_parity(
     drawn = draw_views(
         ViewRecipe(name="every", size=size, query=_EVERY, key=_EVERY),
         seed=seed,
-        epoch=0,
+        epoch=epoch,
         sample_id=batch.sample_id,
         height=batch.height,
         width=batch.width,
@@ -96,7 +98,7 @@ def measure_parity(
         draws = draw_views(
             recipe,
             seed=seed,
-            epoch=0,
+            epoch=epoch,
             sample_id=batch.sample_id,
             height=batch.height,
             width=batch.width,
@@ -116,6 +118,24 @@ def measure_parity(
         levels.setdefault(name, []).append((views.int() - reference.int()).abs())
     bounds = {name: bound for name, bound, *_ in cases}
     return [_difference(name, found, bounds[name]) for name, found in levels.items()]
+
+
+def measure_ffcv_decoder(batch: EncodedBatch) -> Difference | None:
+    """How far ffcv's decoded images lie from Pillow's, as information: no bound. None without ffcv.
+
+    CMYK images are left out: a .beton holds them converted.
+    """
+    if importlib.util.find_spec("ffcv") is None:
+        return None
+    from linerate.pipeline.ffcv_views import decode_by_ffcv
+
+    levels = []
+    for row, jpeg in enumerate(batch.jpegs):
+        if Image.open(io.BytesIO(jpeg.data)).mode in ("RGB", "L"):
+            height, width = int(batch.height[row]), int(batch.width[row])
+            ours = torch.from_numpy(decode_by_ffcv(jpeg, height=height, width=width)).int()
+            levels.append((ours - decode_rgb(jpeg).permute(1, 2, 0).int()).abs()[None])
+    return _difference("decoded by ffcv", levels, float("inf")) if levels else None
 
 
 def only(draws: Draws, name: str | None) -> Draws:

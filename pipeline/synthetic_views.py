@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class SyntheticViews:
     """
 
     num_batches = 2
+    own_order = False
 
     def __init__(
         self, *, recipe: ViewRecipe, seed: int, batch: int, device: str, num_threads: int, prefetch: int
@@ -33,7 +34,7 @@ class SyntheticViews:
 
         self._batches = [(pixels(), pixels()) for _ in range(self.num_batches)]
 
-    def run(self, fetch: EpochFetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
+    def run(self, fetch: EpochFetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
         for step in steps:
             query, key = self._batches[step % self.num_batches]
             position = torch.from_numpy(fetch.positions(step))

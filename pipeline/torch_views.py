@@ -6,7 +6,7 @@ import io
 import math
 import multiprocessing
 import multiprocessing.context
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
+from linerate.pipeline.bad_samples import BadSamples
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.recipe import ViewRecipe
@@ -33,6 +34,8 @@ class TorchViews:
     Each worker makes whole batches. A TwoViews is yours for as long as you hold it.
     """
 
+    own_order = False
+
     def __init__(
         self, *, recipe: ViewRecipe, seed: int, batch: int, device: str, num_threads: int, prefetch: int
     ) -> None:
@@ -42,19 +45,19 @@ class TorchViews:
         self._num_workers = num_threads if num_threads > 1 else 0
         self._prefetch = max(1, prefetch)
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Iterator[TwoViews]:
-        """The views of fetch(step) for every step, in order. Raises UndecodableImages."""
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
+        """The views of fetch(step) for every step, in order. Raises BadSamples."""
         num_workers = min(self._num_workers, len(steps))
         loader = DataLoader(
             _Steps(fetch, self._recipe, self._seed, epoch, steps),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=math.ceil(self._prefetch / num_workers) if num_workers else None,
-            multiprocessing_context=_worker_context() if num_workers else None,
+            multiprocessing_context=worker_context() if num_workers else None,
             pin_memory=self._device.type == "cuda",
         )
         for pixels, origin in loader:
-            if isinstance(origin, UndecodableImages):
+            if isinstance(origin, BadSamples):
                 raise origin
             query, key = (one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels)
             sample_id, position, label = origin
@@ -64,7 +67,7 @@ class TorchViews:
         """Nothing outlives run."""
 
 
-def _worker_context() -> multiprocessing.context.BaseContext:
+def worker_context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a server that has imported all they need, once for the life of this process.
 
     Forking this process itself can hang in the locks of CUDA's, DALI's and OpenMP's threads.
@@ -74,7 +77,7 @@ def _worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-Item = tuple[tuple[Tensor, Tensor] | None, Tensor | UndecodableImages]
+Item = tuple[tuple[Tensor, Tensor] | None, Tensor | BadSamples]
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,10 @@ class _Steps(Dataset[Item]):
         return len(self.steps)
 
     def __getitem__(self, place: int) -> Item:
-        batch = self.fetch(self.steps[place])
         try:
+            batch = self.fetch(self.steps[place])
             images = decode_all(batch)
-        except UndecodableImages as error:
+        except BadSamples as error:
             # Raised here it would reach the parent with the worker's traceback for a message.
             return None, error
         origin = np.stack([batch.sample_id, batch.position, batch.label])

@@ -208,14 +208,20 @@ _SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("sample_id", "<i8")], 
 _STRETCH = np.dtype([("sample", "<u8"), ("start", "<u8"), ("size", "<u8")])
 
 
+def count_samples(path: Path) -> int:
+    """How many samples the header of a .beton promises; 0 where the file is cut short."""
+    header = np.fromfile(path, _HEADER, count=1)
+    return int(header["num_samples"][0]) if len(header) and int(header["table"][0]) else 0
+
+
 def check_beton(catalog: Catalog, path: Path) -> int:
     """The number of converted images, after comparing every sample of the file with the shards.
 
     Raises UserError for the first one that differs.
     """
     header = np.fromfile(path, _HEADER, count=1)
-    num_samples = int(header["num_samples"][0]) if len(header) else 0
-    if num_samples != catalog.num_samples or not int(header["table"][0]):
+    num_samples = count_samples(path)
+    if num_samples != catalog.num_samples:
         raise UserError(f"ffcv wrote {num_samples} of {catalog.num_samples} samples; try again")
     start = _HEADER.itemsize + int(header["num_fields"][0]) * _FIELD.itemsize
     samples = np.fromfile(path, _SAMPLE, count=num_samples, offset=start)

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class ShardIndex:
     """(n,) pixels."""
     label: Int32s
     """(n,) index into the catalog's class_names, -1 where there is none."""
+    xxh3_64: UInt64s
+    """(n,) checksum of the JPEG."""
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -131,7 +133,7 @@ class Catalog:
 
     def shard_index(self, shard: int) -> ShardIndex:
         """Load the numeric columns of one shard's index. Raises UserError when it is missing or cut short."""
-        names = ["sample_id", "offset", "size", "height", "width", "label"]
+        names = [field.name for field in fields(ShardIndex)]
         table = self.load_table(shard, names)
         return ShardIndex(*(_column(table, name) for name in names))
 

@@ -27,8 +27,9 @@ class Views:
     """Smallest share of the image's area that a crop may take; None: the augmentation's own."""
     blur: bool = True
     """Whether an augmentation that has blur uses it (at 32 pixels it does harm)."""
-    backend: Literal["dali", "torch", "synthetic"] = "dali"
-    """What draws the views: dali and torch agree within the parity bound; synthetic is noise, for timing."""
+    backend: Literal["dali", "torch", "webdataset", "ffcv", "synthetic"] = "dali"
+    """What makes the views: dali and torch make the same ones; webdataset and ffcv have an order and random
+    numbers of their own, so a resumed run differs; synthetic is noise, for timing."""
 
     def __post_init__(self) -> None:
         _at_least("size", self.size, 8)
@@ -213,11 +214,19 @@ class Watch:
     """What is compared: the pooled features, or the C-dimensional queries."""
     trackers: tuple[str, ...] = ()
     """Accelerate's trackers besides log.jsonl, as `tensorboard`."""
+    bad_share: float = 0.001
+    """Share of an epoch's samples that a rank may replace by neighbours as damaged; 0: none."""
+    stall_seconds: float = 900.0
+    """A rank that gets no batch for so long writes its stacks and ends with exit code 75; 0: it waits."""
 
     def __post_init__(self) -> None:
         for name in ("log_steps", "checkpoint_steps", "keep_checkpoints", "knn_k", "knn_limit"):
             _at_least(name, getattr(self, name), 1)
         _at_least("knn_epochs", self.knn_epochs, 0)
+        if not 0 <= self.bad_share < 1:
+            raise UserError(f"bad_share={self.bad_share} is no share of the samples; give one in [0, 1)")
+        if self.stall_seconds < 0:
+            raise UserError(f"stall_seconds={self.stall_seconds} must not be negative; 0 waits for ever")
         if not 0 < self.knn_test_share < 1:
             raise UserError(f"knn_test_share={self.knn_test_share} must lie between 0 and 1, as 0.1")
         if not self.knn_temperature > 0:

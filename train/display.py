@@ -48,6 +48,7 @@ def plain_line(event: Event) -> str:
             f"{event['step']:,}/{event['total_steps']:,} loss {event['loss']:.3f} "
             f"top-1 {percent(event['pretext_top1'])} {event['images_per_s']:,.0f} img/s "
             f"wait {percent(event['data_wait_share'], digits=0)} left {clock(event['left_s'])}"
+            f"{_replaced(event)}"
         )
     if kind == "knn":
         return (
@@ -108,6 +109,8 @@ class RunPanel:
             rows.add_row("pretext", f"top-1 {percent(step['pretext_top1'])}", _top5(step))
             rows.add_row("speed", f"{step['images_per_s']:,.0f} images/s", _wait(step))
             rows.add_row("rate", f"lr {step['lr']:.3g}", f"epoch {step['epoch'] + 1:,}")
+            if _replaced(step):
+                rows.add_row("damage", _replaced(step).strip(), "see bad_samples-rank*.jsonl")
         if self.knn:
             rows.add_row("kNN", percent(self.knn["knn_top1"]), f"after epoch {self.knn['epoch']:,}")
         return rows
@@ -119,6 +122,11 @@ def _top5(step: Event) -> str:
 
 def _wait(step: Event) -> str:
     return f"waiting for data {percent(step['data_wait_share'], digits=0)}"
+
+
+def _replaced(step: Event) -> str:
+    """Empty where no sample had to be replaced; a log from before they were counted does not say."""
+    return f" replaced {step['replaced']:,}" if step.get("replaced") else ""
 
 
 def _print_line(event: Event, console: Console) -> None:

@@ -77,16 +77,19 @@ class Learner:
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1
 
-    def read_metrics(self, *, stop: bool) -> tuple[dict[str, float], bool]:
+    def read_metrics(self, *, stop: bool, replaced: int = 0) -> tuple[dict[str, float], bool]:
         """Means over the steps since the last call and over all ranks, and whether any rank was told to stop.
+
+        replaced: samples that this rank has replaced; comes back as the sum over the ranks.
 
         The one place where the host waits for the device; all ranks call it after the same step.
         """
-        flag = torch.tensor([float(stop)], device=self._sums.device)
-        means = self.accelerator.reduce(torch.cat((self._sums / self._num_summed, flag)), "mean").tolist()
+        own = torch.tensor([float(stop), float(replaced)], device=self._sums.device)
+        means = self.accelerator.reduce(torch.cat((self._sums / self._num_summed, own)), "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0
-        return dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False)), means[3] > 0
+        found = dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False))
+        return found | {"replaced": round(means[4] * self.accelerator.num_processes)}, means[3] > 0
 
     @torch.no_grad()
     def average_bn(self) -> None:

@@ -28,6 +28,7 @@ from linerate.train.plan import require_one_batch
 from linerate.train.run_folder import RunFolder
 from linerate.train.schedules import lr_at, total_steps
 from linerate.train.stop import StopRequest, stop_on_signals
+from linerate.train.watchdog import Watchdog
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -122,6 +123,8 @@ def _open_run(
         num_lanes=config.lanes,
         num_threads=config.speed.loader_threads,
         prefetch=config.speed.prefetch,
+        bad_share=config.watch.bad_share,
+        on_bad=folder.bad_sample_log(rank=accelerator.process_index),
     )
     learner = Learner(config, accelerator)
     if checkpoint is not None:
@@ -163,6 +166,11 @@ class _Run:
         self.stopped = False
         self.last: dict[str, float] = {}
         self.watch = Stopwatch()
+        self.watchdog = Watchdog(
+            config.watch.stall_seconds,
+            where=self._where,
+            stacks=folder.root / f"stall-rank{accelerator.process_index:05d}.txt",
+        )
 
     def begin(self, checkpoint: Checkpoint | None, *, notes: list[str]) -> None:
         """Take the place where the checkpoint stands and say how the run is set up."""
@@ -185,19 +193,24 @@ class _Run:
     def train(self, stop: StopRequest) -> None:
         """Every step from where the run stands to its end, or to the one at which it is stopped."""
         self.watch.restart()
+        with self.watchdog:
+            self._train(stop)
+        if self.saved_step != self.step:
+            self._save()
+        self._emit("end", finished=self.step >= self.total_steps)
+
+    def _train(self, stop: StopRequest) -> None:
         while not self._over():
             epoch, start_step = divmod(self.step, self.steps_per_epoch)
             with contextlib.closing(self._epoch_views(epoch, start_step)) as views:
                 for batch in views:
+                    self.watchdog.pat()
                     lr = self._lr(self.step)
                     self.learner.step(batch, step=self.step, lr=lr)
                     self.step += 1
                     self._after_step(epoch, lr, stop)
                     if self._over():
                         break
-        if self.saved_step != self.step:
-            self._save()
-        self._emit("end", finished=self.step >= self.total_steps)
 
     def summary(self, stop: StopRequest) -> Summary:
         """Where the run stands now."""
@@ -242,7 +255,8 @@ class _Run:
         """Read the device: one line of the log, and with many ranks their agreement on whether to stop."""
         steps = self.step - self.logged_step
         speed = self.watch.lap(images=steps * self.config.optim.global_batch)
-        means, self.stopped = self.learner.read_metrics(stop=bool(stop))
+        replaced = self.loader.replacements.num_replaced
+        means, self.stopped = self.learner.read_metrics(stop=bool(stop), replaced=replaced)
         self.logged_step = self.step
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")
@@ -258,17 +272,20 @@ class _Run:
 
     def _judge(self, monitor: KnnMonitor, epochs_done: int) -> None:
         """kNN on rank 0 while the others wait; every rank leaves with the same BN statistics."""
-        with self.watch.paused():
+        with self.watch.paused(), self.watchdog.paused():
             self.learner.average_bn()
             if self.accelerator.is_main_process:
-                with self.learner.encoding(self.config.watch.knn_features) as encode:
-                    found = monitor.judge(encode)
-                self.last["knn_top1"] = found["knn_top1"]
-                self._emit("knn", epoch=epochs_done, **found)
+                try:
+                    with self.learner.encoding(self.config.watch.knn_features) as encode:
+                        found = monitor.judge(encode)
+                    self.last["knn_top1"] = found["knn_top1"]
+                    self._emit("knn", epoch=epochs_done, **found)
+                except UserError as error:
+                    self._emit("note", text=f"no kNN after epoch {epochs_done}: {error}")
             self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        with self.watch.paused():
+        with self.watch.paused(), self.watchdog.paused():
             self.learner.average_bn()
             # The log reads the loss at steps of its own: a NaN may not push out the last good checkpoint.
             if not self.learner.is_finite():
@@ -282,6 +299,11 @@ class _Run:
             self.saved = self.folder.checkpoint_path(self.step)
             self._emit("checkpoint", path=str(self.saved))
             self.accelerator.wait_for_everyone()
+
+    def _where(self) -> str:
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        rank = self.accelerator.process_index
+        return f"rank {rank} after step {self.step:,} (epoch {epoch}, step {step:,} of it)"
 
     def _emit(self, kind: str, **fields: Any) -> None:
         if not self.accelerator.is_main_process:

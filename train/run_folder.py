@@ -1,14 +1,18 @@
-"""A run's folder: config.json, log.jsonl, checkpoints/. One process writes it, rank 0."""
+"""A run's folder: config.json, log.jsonl, checkpoints/. One process writes it, rank 0.
+
+Each rank adds a file of its own about samples that it had to replace.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from linerate.pipeline.bad_samples import BadSample, log_bad_sample
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.checkpoint import (
@@ -111,6 +115,17 @@ class RunFolder:
                 f"{self.log} cannot be written ({error.strerror or error}); mend that, then --resume "
                 f"continues from the last checkpoint"
             ) from None
+
+    def bad_sample_log(self, *, rank: int) -> Callable[[BadSample], None]:
+        """What takes a rank's findings: a line of its own file for each, and one on stderr."""
+
+        def take(found: BadSample) -> None:
+            log_bad_sample(found)
+            self.root.mkdir(parents=True, exist_ok=True)
+            with (self.root / f"bad_samples-rank{rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"rank": rank, **asdict(found)}) + "\n")
+
+        return take
 
     def load_log(self, kind: str = "step") -> list[dict[str, Any]]:
         """The log's lines of one kind (step, knn, ...), oldest first."""

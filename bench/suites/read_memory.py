@@ -68,6 +68,7 @@ def _write_set(root: Path, shard_sizes: np.ndarray) -> list[int]:
         "height": np.full(num, 375, dtype=np.int32),
         "width": np.full(num, 500, dtype=np.int32),
         "label": np.zeros(num, dtype=np.int32),
+        "xxh3_64": np.arange(num, dtype=np.uint64),
     }
     one = root / "one.parquet"
     pq.write_table(pa.table(columns), one)

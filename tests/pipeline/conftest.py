@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from PIL import Image
 
 from linerate.shards.catalog import Catalog, write_catalog
@@ -63,9 +64,13 @@ def write_shards(
             "height": pa.array([s.height for s in samples], pa.int32()),
             "width": pa.array([s.width for s in samples], pa.int32()),
             "label": pa.array([s.label for s in samples], pa.int32()),
+            "key": pa.array([f"in/{sample_id}.jpg" for sample_id, _ in taken]),
+            "xxh3_64": pa.array([xxhash.xxh3_64_intdigest(s.jpeg) for s in samples], pa.uint64()),
         }
         pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
-        rows.append({"file": path.name, "samples": len(samples), "bytes": path.stat().st_size, "xxh3": 0})
+        whole = path.read_bytes()
+        digest = np.uint64(xxhash.xxh3_64_intdigest(whole))
+        rows.append({"file": path.name, "samples": len(samples), "bytes": len(whole), "xxh3": digest})
     every = [sample for shard in shards for sample in shard]
     header = {
         "name": "test",

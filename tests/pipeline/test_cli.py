@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from linerate.pipeline import parity
 from linerate.pipeline.cli import main
 from linerate.shards.errors import UserError
 
@@ -58,6 +59,25 @@ def test_order_reports_steps_drops_lanes_and_the_shuffle(catalog, capsys):
     assert "shards per batch" in capsys.readouterr().out
 
 
+def test_parity_is_measured_per_operation_and_for_the_recipe(catalog, capsys):
+    argv = ("v2", "--shards", catalog.root, "--parity", "--samples", 4, "--size", 48)
+    result = run_json(capsys, *argv)
+    assert (result["met"], result["num_samples"], result["device"]) == (True, 4, "cpu")
+    names = [one["name"] for one in result["differences"]]
+    assert names[0] == "crop"
+    assert "v2" in names
+    assert all(0 <= one["mean"] <= one["p99"] + 1 <= one["max"] + 2 for one in result["differences"])
+
+
+def test_parity_beyond_a_bound_exits_with_1(catalog, capsys, monkeypatch):
+    monkeypatch.setitem(parity.MEAN_BOUNDS, "blur", -1.0)
+    argv = ["v2", "--shards", str(catalog.root), "--parity", "--sample", "3", "--size", "32"]
+    assert main(argv) == 1
+    table = capsys.readouterr().out
+    assert table.count("TOO FAR") == 1
+    assert "TOO FAR" in next(line for line in table.splitlines() if "blur" in line)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -69,6 +89,7 @@ def test_order_reports_steps_drops_lanes_and_the_shuffle(catalog, capsys):
         (["v2", "--samples", "0"], "at least 1 sample"),
         (["v2", "--order", "--global-batch", "99"], "41 samples do not fill one global_batch=99"),
         (["v2", "--order", "--global-batch", "8", "--world-size", "3"], "world_size=3 does not divide"),
+        (["v2", "--parity", "--device", "gpu"], "no device `gpu`"),
         (["v2", "--epoch"], "see `linerate views --help`"),
     ],
 )
@@ -91,3 +112,9 @@ def test_a_sample_that_does_not_decode_is_one_line(make_shards, make_sample, tmp
     with pytest.raises(UserError, match="cannot decode sample 000000000001"):
         main(argv)
     assert not (tmp_path / "v.png").exists()
+
+
+def test_parity_on_a_device_that_is_not_there_is_one_line(catalog, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="there is no CUDA device here"):
+        main(["v2", "--shards", str(catalog.root), "--parity", "--device", "cuda"])

@@ -1,3 +1,4 @@
+import importlib.util
 import io
 from pathlib import Path
 
@@ -7,7 +8,13 @@ import torch
 from PIL import Image
 
 from linerate.pipeline.encoded import EncodedBatch
-from linerate.pipeline.parity import MEAN_BOUNDS, RECIPE_MEAN_BOUND, Difference, measure_parity
+from linerate.pipeline.parity import (
+    MEAN_BOUNDS,
+    RECIPE_MEAN_BOUND,
+    Difference,
+    measure_ffcv_decoder,
+    measure_parity,
+)
 from linerate.pipeline.recipe import find_recipe
 from linerate.pipeline.undecodable import UndecodableImages
 
@@ -73,6 +80,21 @@ def test_broken_images_are_named(made):
     with pytest.raises(UndecodableImages) as error:
         measure_parity(broken, recipe=find_recipe("v2", size=64))
     assert (error.value.sample_id, error.value.position) == ([8], [6])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ffcvs_decoder_gives_pillows_pixels_nearly(made):
+    if importlib.util.find_spec("ffcv") is None:
+        pytest.skip("ffcv is not installed, so its decoder stays untested")
+    found = measure_ffcv_decoder(made)
+    assert found.num_views == 3  # of four one is CMYK
+    assert found.mean < 2
+    assert found.met
+
+
+def test_without_ffcv_nothing_is_said_of_its_decoder(made, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert measure_ffcv_decoder(made) is None
 
 
 @pytest.mark.data

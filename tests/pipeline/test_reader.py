@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -7,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from linerate.pipeline.bad_samples import BadSamples
 from linerate.pipeline.order import EpochOrder
 from linerate.pipeline.reader import EpochFetch, ShardReader
 from linerate.shards.catalog import Catalog
-from linerate.shards.errors import UserError
 
 
 def members(catalog: Catalog) -> list[bytes]:
@@ -93,17 +94,72 @@ def test_ranks_fetch_the_shares_of_one_global_batch(catalog):
 def test_a_missing_shard_is_named(tmp_path, catalog):
     broken = copy_of(catalog, tmp_path)
     broken.shard_path(1).unlink()
-    with pytest.raises(FileNotFoundError, match=r"test-000001\.tar"):
+    with pytest.raises(BadSamples, match=r"test-000001\.tar: No such file.*`linerate shard verify`") as error:
         ShardReader(broken).read(np.arange(41))
+    assert error.value.shard == 1
 
 
-def test_a_shard_cut_short_is_named_with_the_way_out(tmp_path, catalog):
+def test_a_missing_index_loses_its_shard(tmp_path, catalog):
+    broken = copy_of(catalog, tmp_path)
+    broken.shard_path(1).with_suffix(".parquet").unlink()
+    with pytest.raises(BadSamples, match=r"test-000001\.parquet is missing") as error:
+        ShardReader(broken).read(np.arange(10, 15))
+    assert (error.value.shard, error.value.position) == (1, [12, 13, 14])
+
+
+def test_what_a_short_shard_still_holds_is_read(tmp_path, catalog):
     broken = copy_of(catalog, tmp_path)
     os.truncate(broken.shard_path(2), 3000)
     reader = ShardReader(broken)
-    with pytest.raises(UserError, match=r"test-000002\.tar holds 3,000 bytes, .* `linerate shard verify"):
+    with pytest.raises(BadSamples, match=r"test-000002\.tar holds 3,000 bytes") as error:
         reader.read(np.arange(41))
-    assert len(reader.read(np.arange(20)).jpegs) == 20
+    assert error.value.position == error.value.sample_id
+    assert set(range(30, 34)) <= set(error.value.position) < set(range(22, 34))
+    whole = [p for p in range(41) if p not in error.value.position]
+    assert len(reader.read(np.array(whole)).jpegs) == len(whole)
+
+
+def test_a_flipped_bit_is_found_by_the_checksum_alone(tmp_path, catalog):
+    broken = copy_of(catalog, tmp_path)
+    index = broken.shard_index(1)
+    flip_bit(broken.shard_path(1), int(index.offset[3] + index.size[3] // 2))
+    reader = ShardReader(broken)
+    assert len(reader.read(np.arange(41)).jpegs) == 41
+    with pytest.raises(BadSamples, match=r"000000000015: .*test-000001\.tar: its bytes fail their") as error:
+        reader.read(np.arange(41), verify=True)
+    assert error.value.position == [15]
+
+
+def test_a_disk_that_fails_for_one_sample_loses_that_one(catalog, monkeypatch):
+    real = os.preadv
+
+    def fail_at_start(file, buffers, offset):
+        if offset == 512:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr("os.preadv", fail_at_start)
+    with pytest.raises(BadSamples, match="Input/output error") as error:
+        ShardReader(catalog).read(np.arange(14))
+    assert error.value.position == [0, 12]
+
+
+@pytest.mark.parametrize("call", ["os.open", "os.preadv"])
+def test_errors_of_more_than_one_file_come_through(catalog, monkeypatch, call):
+    def fail(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        ShardReader(catalog).read(np.arange(4))
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
 
 
 def copy_of(catalog: Catalog, tmp_path: Path) -> Catalog:

@@ -86,6 +86,8 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: Watch(log_steps=0), "log_steps=0 is too small"),
         (lambda: Watch(knn_test_share=1.0), "knn_test_share=1.0"),
         (lambda: Watch(knn_temperature=0.0), "knn_temperature=0.0"),
+        (lambda: Watch(bad_share=1.0), "bad_share=1.0 is no share of the samples"),
+        (lambda: Watch(stall_seconds=-1.0), "stall_seconds=-1.0 must not be negative"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(bn_group=24)), "the nearest that do: 16, 32"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=100)), "the nearest that do: 64, 128"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=32)), "a bn_group of at most 16"),

@@ -34,6 +34,16 @@ def test_plain_lines_fit_into_80_columns() -> None:
     assert lines[1] == ("1,000,750/1,000,800 loss 11.042 top-1 98.8% 12,346 img/s wait 3% left 53:01:23")
 
 
+def test_replaced_samples_are_told_where_there_are_any() -> None:
+    assert plain_line({**STEP, "replaced": 0}) == plain_line(STEP)
+    assert plain_line({**STEP, "replaced": 1234}).endswith("left 53:01:23 replaced 1,234")
+    panel, console = RunPanel("x"), Console(file=io.StringIO(), width=80, record=True)
+    for event in (START, {**STEP, "replaced": 3}):
+        panel.take(event)
+    console.print(panel)
+    assert "replaced 3" in console.export_text()
+
+
 def test_off_a_terminal_every_event_is_one_line() -> None:
     out = io.StringIO()
     with show_run("in1m-v1", console=Console(file=out, width=40)) as on_event:

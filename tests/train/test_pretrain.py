@@ -225,6 +225,51 @@ def test_what_cannot_work_is_said_before_anything_is_built(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_trains_on_webdatasets_own_pipeline(shards: Catalog, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, views=dataclasses.replace(SMALL.views, backend="webdataset"))
+    assert pretrain(config, shards=shards.root, run_dir=tmp_path).finished
+
+
+def test_a_damaged_sample_is_replaced_counted_and_written_with_its_key(
+    shards: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Catalog.load(shutil.copytree(shards.root, tmp_path / "damaged"))
+    index, key = copy.shard_index(0), copy.keys(0)[2]
+    with copy.shard_path(0).open("r+b") as file:
+        file.seek(int(index.offset[2]) + 100)
+        file.write(bytes(30))
+    events: list[Mapping[str, Any]] = []
+    run = tmp_path / "run"
+    summary = pretrain(small(log_steps=4), shards=copy.root, run_dir=run, on_event=events.append)
+    assert summary.finished
+    # It may be among the eight that an epoch leaves out.
+    replaced = [event["replaced"] for event in events if event["event"] == "step"]
+    assert replaced == sorted(replaced)
+    assert 2 <= replaced[-1] <= 3
+    lines = (run / "bad_samples-rank00000.jsonl").read_text().splitlines()
+    assert len(lines) == len(caplog.messages) == 1
+    found = json.loads(lines[0])
+    assert (found["rank"], found["key"], found["sample_id"]) == (0, key, int(index.sample_id[2]))
+    assert "fail their checksum" in found["reason"]
+
+
+def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path) -> None:
+    copy = Catalog.load(shutil.copytree(shards.root, tmp_path / "test"))
+    for path in copy.root.glob("*.tar"):
+        path.write_bytes(b"")
+    notes: list[str] = []
+
+    def take(event: Mapping[str, Any]) -> None:
+        if event["event"] == "note":
+            notes.append(event["text"])
+
+    config = small(knn_epochs=3, knn_train=str(shards.root), knn_test=str(copy.root))
+    summary = pretrain(config, shards=shards.root, run_dir=tmp_path / "run", on_event=take)
+    assert summary.finished
+    assert summary.knn_top1 is None
+    assert "no kNN after epoch 3: cannot read sample" in notes[-1]
+
+
 def test_the_log_goes_to_tensorboard_too(shards: Catalog, tmp_path: Path) -> None:
     config = dataclasses.replace(
         small(trackers=("tensorboard",)), schedule=Schedule(epochs=None, iterations=2)
