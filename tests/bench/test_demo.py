@@ -71,7 +71,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 @pytest.mark.parametrize("text", ['{"seed": 0, "per_cl', "", "[3]", "7", "\xff"])
 def test_a_mark_that_cannot_be_read_is_one_line_with_a_way_out(text, tmp_path):
     (tmp_path / "demo.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"demo\.json is damaged: .*another --out, or remove"):
+    with pytest.raises(UserError, match=r"demo\.json is damaged.*another --out, or remove"):
         run_demo(DemoOptions(out=tmp_path))
 
 
