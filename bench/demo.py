@@ -139,17 +139,31 @@ def _claim(options: DemoOptions) -> None:
     mark = options.out / "demo.json"
     identity = options.identity()
     if mark.exists():
-        stored = json.loads(mark.read_text(encoding="utf-8"))
+        stored = _load_mark(mark)
         differ = [f"{k} was {stored.get(k)}, now {v}" for k, v in identity.items() if stored.get(k) != v]
         if differ:
             raise UserError(
                 f"{options.out} holds a demo with other options ({'; '.join(differ)}); name another --out"
             )
         return
-    if options.out.is_dir() and any(options.out.iterdir()):
+    if options.out.is_dir() and any(path.name != ".demo.json" for path in options.out.iterdir()):
         raise UserError(f"{options.out} holds something that is no demo; name another --out")
     options.out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(identity), encoding="utf-8")
+    # Renamed into place: a kill leaves a whole mark or none.
+    temporary = options.out / ".demo.json"
+    temporary.write_text(json.dumps(identity), encoding="utf-8")
+    temporary.replace(mark)
+
+
+def _load_mark(mark: Path) -> dict[str, Any]:
+    """The options of the demo that OUT was begun with. Raises UserError where they cannot be read."""
+    try:
+        return dict(json.loads(mark.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{mark} is damaged: it no longer says which options {mark.parent} was begun with; name another "
+            f"--out, or remove {mark.parent} to start anew"
+        ) from None
 
 
 def _pack_parts(options: DemoOptions) -> tuple[Catalog, Catalog]:

@@ -1,6 +1,7 @@
 """The package as a whole: how it is laid out, installed and called."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -85,6 +86,8 @@ def test_the_four_folders_are_linked_relatively_into_the_package():
 
 
 def test_sdist_and_wheel_hold_every_package(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("git is missing: that the wheel holds every package stays untested")
     copy = tmp_path / "copy"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if files.returncode:

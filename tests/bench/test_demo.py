@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from linerate.bench import demo
 from linerate.bench.demo import DemoOptions, main, run_demo
 from linerate.bench.demo_page import headline
 from linerate.shards.catalog import Catalog
@@ -65,6 +66,27 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="no demo"):
         run_demo(DemoOptions(out=tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("text", ['{"seed": 0, "per_cl', "", "[3]", "7", "\xff"])
+def test_a_mark_that_cannot_be_read_is_one_line_with_a_way_out(text, tmp_path):
+    (tmp_path / "demo.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"demo\.json is damaged: .*another --out, or remove"):
+        run_demo(DemoOptions(out=tmp_path))
+
+
+def test_a_kill_while_the_mark_is_written_leaves_a_folder_that_can_be_taken(tmp_path, monkeypatch):
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    options = DemoOptions(out=tmp_path)
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        demo._claim(options)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [".demo.json"]
+    demo._claim(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
 def test_images_without_classes_are_refused_with_a_way_out(tmp_path):
