@@ -19,7 +19,7 @@ from linerate.pipeline.recipe import RECIPES, find_recipe
 from linerate.pipeline.shuffle_quality import measured_steps, shuffle_quality
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, nearest, parse_args
+from linerate.shards.terminal import emit_json, make_parent, nearest, parse_args
 
 DRAWN_BACKENDS = tuple(b for b in BACKENDS if b != "synthetic")
 
@@ -193,10 +193,9 @@ def _rank_share(order: EpochOrder, catalog: Catalog, *, rank: int, world_size: i
 
 
 def _check_out(out: Path) -> None:
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    make_parent(out)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
