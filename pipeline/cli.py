@@ -20,7 +20,7 @@ from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.recipe import RECIPES, find_recipe
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, nearest, parse_args
+from linerate.shards.terminal import emit_json, make_parent, nearest, parse_args
 
 DEFAULT_DRAWN_SAMPLES, DEFAULT_PARITY_SAMPLES = 8, 64
 DRAWN_BACKENDS = ("dali", "torch")
@@ -201,10 +201,9 @@ def _positions(args: ViewsArgs, catalog: Catalog, *, default: int) -> list[int]:
 
 
 def _check_out(out: Path) -> None:
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    make_parent(out)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -28,6 +28,7 @@ from PIL import Image
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.inspect_image import CMYK, UNUSUAL_CODING
+from linerate.shards.terminal import make_parent
 
 MIN_PAGE_BYTES = 1 << 23
 # ffcv decodes by libjpeg-turbo's plain interface, which turns neither CMYK nor lossless into RGB.
@@ -64,6 +65,7 @@ def write_beton(catalog: Catalog, path: Path, *, time_limit_s: float | None = No
             "then pip install 'linerate[ffcv]'"
         )
     limit_s = default_time_limit_s(catalog) if time_limit_s is None else time_limit_s
+    make_parent(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _run_writer(catalog, temp, limit_s=limit_s)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
+from linerate.shards.terminal import make_parent
 
 CELL_PX = 144
 TEXT_PX = 30
@@ -56,6 +57,7 @@ def draw_contact_sheet(catalog: Catalog, *, num: int = 48, seed: int = 0) -> Ima
 def write_contact_sheet(catalog: Catalog, path: Path, *, num: int = 48, seed: int = 0) -> Path:
     """Draw it into a PNG (or what the suffix says). Raises UserError for a suffix that no writer has."""
     sheet = draw_contact_sheet(catalog, num=num, seed=seed)
+    make_parent(path)
     temp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         sheet.save(temp)

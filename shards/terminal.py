@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import tyro
@@ -181,6 +182,17 @@ def nearest(name: str, names: list[str], *, what: str) -> UserError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return UserError(f"there is no {what} `{name}`; {hint}there are {', '.join(sorted(names))}")
+
+
+def make_parent(out: Path) -> None:
+    """Make the folder of a file that a command is about to write. Raises UserError where it cannot be."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: its folder {out.parent} cannot be made ({error.strerror or error}); "
+            f"name another"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -54,13 +54,32 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "linerate: error: two lines become one\n"
 
 
-def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("shard pack in out", "the same command continues where it stopped"),
+        ("demo --json", "the same command continues where it stopped"),
+        (
+            "train demo --run r",
+            "the same command with --resume continues from the last checkpoint, if there is one",
+        ),
+        ("bench run pack", "records that are in --out already stay there; the same command measures anew"),
+        ("shard verify out", "the same command starts anew"),
+        ("shard beton out x", "the same command starts anew"),
+        ("views v1", "the same command starts anew"),
+        ("eval knn r", "the same command starts anew"),
+        ("export r", "the same command starts anew"),
+        ("bench compare a b", "the same command starts anew"),
+    ],
+)
+def test_an_interrupt_ends_with_130_and_what_is_true_of_the_command(words, line, monkeypatch, capsys):
     def interrupt(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("linerate.shards.cli.main", interrupt)
-    assert main(["shard", "pack"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    module, function, _ = COMMANDS[words.split()[0]]
+    monkeypatch.setattr(f"{module}.{function}", interrupt)
+    assert main(words.split()) == 130
+    assert capsys.readouterr().err == f"linerate: interrupted; {line}\n"
 
 
 def test_a_missing_folder_is_one_line_without_traceback(tmp_path):

@@ -42,6 +42,16 @@ class Encoder(nn.Module):
         self.register_buffer("_scale", 1.0 / std, persistent=False)
         self.register_buffer("_shift", -torch.tensor(_MEAN).view(1, 3, 1, 1) / std, persistent=False)
 
+    def require_size(self, size: int) -> None:
+        """Raise UserError where the backbone takes square images of another side alone, as ViTs do."""
+        about = getattr(self.backbone, "pretrained_cfg", None) or {}
+        if about.get("fixed_input_size") and about["input_size"][1:] != (size, size):
+            height, width = about["input_size"][1:]
+            raise UserError(
+                f"this encoder takes images of {height}x{width} pixels alone, not of size={size}; "
+                f"give --size {height}, or an encoder that takes any size, as a ResNet"
+            )
+
     def features(self, images: Tensor) -> Tensor:
         """(N, F) pooled features of the backbone, before the head.
 

@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 
 from linerate.shards.errors import UserError
+from linerate.shards.terminal import make_parent
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.encoder import build_encoder
 from linerate.train.model_card import model_card
@@ -59,7 +60,7 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
         trained.encoder.state_dict() if target == "safetensors" else trained.encoder.backbone.state_dict()
     )
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         _write(weights, temporary, trained, as_safetensors=as_safetensors)
@@ -142,6 +143,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 @torch.inference_mode()
 def _difference(trained: TrainedEncoder, other: nn.Module) -> float:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 96, 96, generator=generator)
+    # The size of training: some of timm's networks take images of one size alone.
+    size = trained.config.views.size
+    images = torch.randn(2, 3, size, size, generator=generator)
     ours, theirs = trained.encoder.backbone.eval()(images), other.eval()(images)
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))

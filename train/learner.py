@@ -25,8 +25,10 @@ def build_moco(config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> Mo
     """Both encoders and the queue as the seed draws them: the same on every rank."""
     torch.manual_seed(config.seed)
     model, bn = config.model, config.bn
+    encoder = build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem)
+    encoder.require_size(config.views.size)
     return MoCo(
-        build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem),
+        encoder,
         KeyQueue(config.dictionary.num_keys, model.dim),
         temperature=config.loss.temperature,
         ema_momentum=model.ema_momentum,

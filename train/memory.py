@@ -25,6 +25,7 @@ def estimate_memory(config: TrainConfig, *, rank_batch: int) -> dict[str, int]:
     with torch.device("meta"):
         model = config.model
         encoder = build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem)
+    encoder.require_size(config.views.size)
     parameters = sum(p.numel() for p in encoder.parameters()) * FLOAT_BYTES
     image = 3 * config.views.size**2
     num_keys = config.dictionary.num_keys

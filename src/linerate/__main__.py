@@ -19,6 +19,14 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+# What is true of a command after Ctrl-C; of the others, that the same command starts anew.
+INTERRUPTED = {
+    "shard pack": "the same command continues where it stopped",
+    "demo": "the same command continues where it stopped",
+    "train": "the same command with --resume continues from the last checkpoint, if there is one",
+    "bench run": "records that are in --out already stay there; the same command measures anew",
+}
+
 
 def print_help() -> None:
     from rich.console import Console
@@ -34,7 +42,7 @@ def print_help() -> None:
         table.add_row(f"[bold cyan]{name}[/]", line)
     console.print(table)
     console.print("\nEvery command takes --json (machine-readable output on stdout). Exit codes: 0 done,")
-    console.print("1 done but something failed a check, 2 cannot work as asked, 130 interrupted (resumable).")
+    console.print("1 done but something failed a check, 2 cannot work as asked, 130 interrupted.")
 
 
 def fail(message: str) -> int:
@@ -53,11 +61,20 @@ def let_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run_command(module: str, function: str, argv: list[str]) -> int:
+def after_interrupt(argv: list[str]) -> str:
+    """What the user of `linerate ARGV` may count on after Ctrl-C."""
+    for name, line in INTERRUPTED.items():
+        if argv[: len(name.split())] == name.split():
+            return line
+    return "the same command starts anew"
+
+
+def run_command(argv: list[str]) -> int:
     from linerate.shards.errors import UserError
 
+    module, function, _ = COMMANDS[argv[0]]
     try:
-        return int(getattr(importlib.import_module(module), function)(argv))
+        return int(getattr(importlib.import_module(module), function)(argv[1:]))
     except UserError as error:
         if os.environ.get("LINERATE_TRACEBACK"):
             raise
@@ -71,7 +88,7 @@ def run_command(module: str, function: str, argv: list[str]) -> int:
             raise
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print("linerate: interrupted; the same command continues where it stopped", file=sys.stderr)
+        print(f"linerate: interrupted; {after_interrupt(argv)}", file=sys.stderr)
         return 130
 
 
@@ -92,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
         return fail(f"there is no command `{argv[0]}`; {hint}")
     let_threads_sleep()
-    module, function, _ = COMMANDS[argv[0]]
-    return run_command(module, function, argv[1:])
+    return run_command(argv)
 
 
 if __name__ == "__main__":

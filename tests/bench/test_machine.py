@@ -71,7 +71,7 @@ def test_a_kernel_that_slowed_down_makes_the_machine_noisy():
     assert verdict["noisy"] is True
 
 
-def test_the_probe_takes_about_a_millisecond_a_time():
+def test_the_probe_is_timed_as_often_as_told():
     seconds = probe(repeats=5).seconds
     assert len(seconds) == 5
-    assert 1e-5 < sorted(seconds)[2] < 0.1
+    assert min(seconds) > 0

@@ -138,7 +138,7 @@ def test_preview_draws_the_images_it_names(capsys: Capture, packed: Catalog, tmp
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
         assert len(sheet.getcolors(1 << 20) or []) > 100
-    assert main(["shard", "preview", str(packed.root), "--out", str(tmp_path / "b.png")]) == 0
+    assert main(["shard", "preview", str(packed.root), "--out", str(tmp_path / "new" / "b.png")]) == 0
     assert "40 of 40 samples" in capsys.readouterr().out
 
 

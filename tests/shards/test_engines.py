@@ -170,7 +170,7 @@ def test_workers_die_with_their_supervisor(tmp_path: Path) -> None:
     worker = int(_wait_for(tmp_path / "pid"))
     supervisor.send_signal(signal.SIGKILL)
     supervisor.wait()
-    for _ in range(200):
+    for _ in range(3000):
         try:
             os.kill(worker, 0)
         except ProcessLookupError:
@@ -182,7 +182,7 @@ def test_workers_die_with_their_supervisor(tmp_path: Path) -> None:
 
 
 def _wait_for(path: Path) -> str:
-    for _ in range(500):
+    for _ in range(3000):
         if path.exists() and (text := path.read_text()):
             return text
         time.sleep(0.02)

@@ -190,31 +190,30 @@ def test_killed_at_any_point_and_run_again_gives_the_same_bytes(
     options = PackOptions(seed=1, shard_samples=2)
     pack(photo_folder, tmp_path / "whole", options=options, num_workers=0)
     expected = read_all(tmp_path / "whole")
+    # It kills itself: however slow or fast the machine is, it cannot end before.
     script = (
-        "import sys; from linerate.shards.pack import pack, PackOptions\n"
-        "pack(sys.argv[1], sys.argv[2], options=PackOptions(seed=1, shard_samples=2), num_workers=1)"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from linerate.shards.pack import pack, PackOptions\n"
+        "def die(stage, amount):\n"
+        "    if len(list(Path(sys.argv[2]).glob('*.parquet'))) >= int(sys.argv[3]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "options = PackOptions(seed=1, shard_samples=2)\n"
+        "pack(sys.argv[1], sys.argv[2], options=options, num_workers=1, on_progress=die)"
     )
     for kill_at in (1, 8):
         out = tmp_path / f"out{kill_at}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(photo_folder), str(out)],
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(photo_folder), str(out), str(kill_at)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
         )
-        _wait_until(lambda out=out, n=kill_at: len(list(out.glob("*.parquet"))) >= n, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert done.returncode == -signal.SIGKILL
         assert not (out / "catalog.json").exists()
         with pytest.raises(UserError, match="are not finished; the same `linerate shard pack` again"):
             Catalog.load(out)
         _wait_until_unlocked(out)
         pack(photo_folder, out, options=options, num_workers=0)
         assert read_all(out) == expected
-
-
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
 
 
 def _wait_until_unlocked(out: Path) -> None:

@@ -98,11 +98,31 @@ def test_bad_words_are_one_line_with_a_way_out(
     assert "did you mean --epochs" in _error(capsys, "train", "demo", "--epoch", "3")
     assert "--scale-lr" in _error(capsys, "train", "in1m-v1", "--global-batch", "512")
     assert "nearest that do: 16, 32" in _error(capsys, "train", "in1m-v1", "--bn-group", "24")
+    vit = _error(capsys, "train", "in1m-v1", "--encoder", "test_vit", "--dry-run")
+    assert "160x160 pixels alone" in vit
     assert "demo is for no particular data set" in _error(capsys, "train", "demo", "--dry-run")
     too_large = _error(capsys, "train", "in1m-v1", "--shards", root, "--run", run)
     assert "256" in too_large
     assert "72" in too_large
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_above_the_shards_is_told_before_the_learning_rate_for_it(
+    capsys: pytest.CaptureFixture[str], shards: Catalog, tmp_path: Path
+) -> None:
+    flags = ("--shards", str(shards.root), "--run", str(tmp_path / "run"), "--global-batch", "100000")
+    line = "72 images do not fill one global_batch=100000; give a --global-batch of at most 72"
+    for more in ((), ("--scale-lr",), ("--dry-run",)):
+        assert line in _error(capsys, "train", "demo", *flags, *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_takes_no_such_size_is_refused_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], shards: Catalog, tmp_path: Path
+) -> None:
+    argv = ("train", "demo", "--shards", str(shards.root), "--run", str(tmp_path / "run"))
+    flags = ("--stem", "imagenet", "--encoder", "test_vit")
+    assert "give --size 160" in _error(capsys, *argv, *flags)
 
 
 def test_knn_prints_the_encoder_beside_its_controls(

@@ -94,3 +94,13 @@ def test_what_cannot_be_built_is_one_clear_line(wrong: dict[str, object], messag
     with torch.device("meta"), pytest.raises(UserError, match=message) as error:
         build_encoder(**wrong)  # type: ignore[arg-type]
     assert len(str(error.value)) < 300
+
+
+def test_an_encoder_of_one_image_size_refuses_others_in_one_line() -> None:
+    with torch.device("meta"):
+        vit, resnet, tiny = (build_encoder(name) for name in ("test_vit", "resnet18", "tiny-resnet-w4"))
+    vit.require_size(160)
+    resnet.require_size(97)
+    tiny.require_size(97)
+    with pytest.raises(UserError, match=r"160x160 pixels alone, not of size=97; give --size 160"):
+        vit.require_size(97)

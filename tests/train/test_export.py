@@ -16,7 +16,7 @@ from linerate.train.encoder import build_encoder
 from linerate.train.export import export_encoder
 
 
-def _trained(name: str, *, stem: str = "imagenet", head: str = "linear") -> TrainedEncoder:
+def _trained(name: str, *, stem: str = "imagenet", head: str = "linear", size: int = 32) -> TrainedEncoder:
     """An encoder whose BN statistics are not those it was born with, as after training."""
     model = Model(encoder=name, stem=stem, head=head, dim=16)  # type: ignore[arg-type]
     torch.manual_seed(5)
@@ -27,7 +27,8 @@ def _trained(name: str, *, stem: str = "imagenet", head: str = "linear") -> Trai
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2.0)
-    config = dataclasses.replace(SMALL, model=model)
+    views = dataclasses.replace(SMALL.views, size=size)
+    config = dataclasses.replace(SMALL, model=model, views=views)
     path = Path("run/checkpoints/step-000000007.pt")
     return TrainedEncoder(encoder=encoder.eval(), config=config, step=7, images=112, path=path)
 
@@ -55,6 +56,13 @@ def test_timm_gives_the_same_features(tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(report.out)).eval()
     with torch.no_grad():
         assert torch.allclose(model(IMAGES), trained.encoder.backbone(IMAGES), atol=1e-5)
+
+
+def test_a_network_of_one_image_size_is_checked_at_that_size(tmp_path: Path) -> None:
+    trained = _trained("test_vit", size=160)
+    assert export_encoder(trained, target="timm", out=tmp_path / "vit.pth").max_difference <= 1e-5
+    other = tmp_path / "vit.safetensors"
+    assert export_encoder(trained, target="safetensors", out=other).max_difference <= 1e-5
 
 
 def test_safetensors_hold_the_head_too(tmp_path: Path) -> None:
@@ -91,6 +99,7 @@ def test_the_card_says_what_the_weights_are_and_its_code_runs(tmp_path: Path) ->
         ("resnet10t", "imagenet", "torchvision", "x.pth", "use --to timm"),
         ("resnet18", "imagenet", "safetensors", "x.pth", r"name it x\.safetensors"),
         ("resnet18", "imagenet", "timm", "", "is a folder"),
+        ("resnet18", "imagenet", "timm", "/dev/null/x/r18.pth", "its folder /dev/null/x cannot be made"),
     ],
 )
 def test_what_a_library_does_not_have_is_refused(

@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from linerate.shards.catalog import Catalog
-from linerate.train.checkpoint import load_checkpoint, load_newest
+from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_newest
 from linerate.train.cli import main_train
 from linerate.train.run_folder import RunFolder
 
@@ -22,7 +22,8 @@ FLAGS = [
     *("--global-batch", "16", "--lr", "0.05", "--loader-threads", "1", "--log-steps", "1"),
     *("--checkpoint-steps", "3", "--knn-epochs", "0"),
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# HF_HOME: the answers that this machine's user gave to `accelerate config` do not count here.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": "/nonexistent"}
 
 
 def _command(shards: Catalog, run: Path, *flags: str) -> list[str]:
@@ -34,32 +35,40 @@ def _losses(run: Path) -> list[float]:
     return [line["loss"] for line in RunFolder(run).load_log("step")]
 
 
-def _start(command: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def _run(command: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, *launcher, "-m", "linerate", "train", *command],
         env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=240,
+        check=False,
     )
 
 
-def _wait_for_steps(run: Path, process: subprocess.Popen[str], num_steps: int) -> None:
-    for _ in range(1200):
-        if len(_losses(run)) >= num_steps:
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    raise AssertionError("the run logs nothing")
+# The command, killed by itself as soon as the log holds step 7: it cannot end before, on any machine.
+KILLED = """
+import os, signal, sys
+from linerate.__main__ import main
+from linerate.train.run_folder import RunFolder
+
+def append(folder, event, append=RunFolder.append):
+    append(folder, event)
+    if event["event"] == "step" and event["step"] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunFolder.append = append
+main(["train", *sys.argv[1:]])
+"""
 
 
 def test_a_run_killed_by_sigkill_continues_bit_for_bit(shards: Catalog, tmp_path: Path) -> None:
-    process = _start(_command(shards, tmp_path / "killed", "--epochs", "5"))
-    _wait_for_steps(tmp_path / "killed", process, 5)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert len(_losses(tmp_path / "killed")) < 20
+    command = [sys.executable, "-c", KILLED, *_command(shards, tmp_path / "killed", "--epochs", "5")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(_losses(tmp_path / "killed")) == 7
+    newest, *_ = list_checkpoints(tmp_path / "killed" / "checkpoints")
+    assert newest.name == "step-000000006.pt"
     for run, flags in (("killed", ["--resume"]), ("whole", [])):
         assert main_train(_command(shards, tmp_path / run, "--epochs", "5", "--json", *flags)) == 0
     assert len(_losses(tmp_path / "whole")) == 20
@@ -71,15 +80,17 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(
     shards: Catalog,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     code: int,
 ) -> None:
-    def stop() -> None:
-        while not _losses(tmp_path):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
+    def stop_at_two(folder: RunFolder, event: Mapping[str, Any]) -> None:
+        append(folder, event)
+        if event["event"] == "step" and event["step"] == 2:
+            os.kill(os.getpid(), number)
 
-    threading.Thread(target=stop).start()
+    append = RunFolder.append
+    monkeypatch.setattr(RunFolder, "append", stop_at_two)
     assert main_train(_command(shards, tmp_path, "--epochs", "5000", "--json")) == code
     out, err = capsys.readouterr()
     summary = json.loads(out)
@@ -88,13 +99,23 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(
     assert f"stopped by {number.name} after step {summary['step']:,}; --resume continues" in err
 
 
+def test_accelerate_launch_runs_the_command(shards: Catalog, tmp_path: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    done = _run(_command(shards, tmp_path / "run", "--iterations", "4", "--json"), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["step"], summary["finished"], summary["world_size"]) == (4, True, 1)
+    assert load_checkpoint(Path(summary["checkpoint"])).step == 4
+    assert main_train(_command(shards, tmp_path / "alone", "--iterations", "4")) == 0
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "alone")
+
+
 def test_two_ranks_have_the_losses_of_one(shards: Catalog, tmp_path: Path) -> None:
     flags = ("--iterations", "6", "--json")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = _start(_command(shards, tmp_path / "two", *flags), launcher=launcher)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    summary = json.loads(out)
+    done = _run(_command(shards, tmp_path / "two", *flags), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
     assert summary["world_size"] == 2
     assert summary["images"] == 6 * 16
     assert main_train(_command(shards, tmp_path / "one", *flags)) == 0

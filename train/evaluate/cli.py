@@ -83,6 +83,7 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
         device="cuda" if torch.cuda.is_available() else "cpu",
         num_threads=command.threads,
     )
+    trained.encoder.require_size(options.size)
     if command.controls:
         entries = contestants(trained, split, options, features=command.features)
     else:
