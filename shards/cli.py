@@ -127,11 +127,12 @@ def main_pack(argv: list[str]) -> int:
     table.add_row("samples", f"{catalog.num_samples:,} in {len(overview.classes)} classes")
     table.add_row("shards", f"{catalog.num_shards} of {_size(overview.num_bytes / catalog.num_shards)}")
     table.add_row("bytes", _size(overview.num_bytes))
+    changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
+    if changed:
+        table.add_row("changed", _listed(changed).replace(" when packed", ""))
     table.add_row("rejected", _listed(overview.rejects) or "none")
-    if any(reason.startswith("not a JPEG") for reason in overview.rejects):
-        table.add_row(
-            "", "shards hold JPEGs: convert other formats first (`mogrify -format jpg`), pack again"
-        )
+    if not options.baseline and any(reason.startswith("not a JPEG") for reason in overview.rejects):
+        table.add_row("", "shards hold JPEGs: with --baseline other formats are converted")
     rate = f", {bars.num_packed / seconds:,.0f} images/s" if bars.num_packed else ", nothing was left to do"
     table.add_row("time", f"{seconds:.1f} s{rate}")
     Console().print(table)
@@ -221,6 +222,8 @@ def _paths_last(argv: list[str]) -> list[str]:
     """argv with options first: tyro takes a list of paths only where it is not interrupted."""
     options: list[str] = []
     paths: list[str] = []
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(PackArgs) if field.default is False]
+    switches = {"-h", "--help"} | {f"--{no}{name}" for name in names for no in ("", "no-")}
     words = iter(argv)
     for word in words:
         if word == "--":
@@ -229,7 +232,7 @@ def _paths_last(argv: list[str]) -> list[str]:
             paths.append(word)
         else:
             options.append(word)
-            if word not in ("--json", "--no-json", "-h", "--help") and "=" not in word:
+            if word not in switches and "=" not in word:
                 options.extend(itertools.islice(words, 1))
     return options + paths
 
