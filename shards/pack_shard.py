@@ -71,6 +71,8 @@ class ShardMark:
     max_sample_bytes: int
     rejects: list[tuple[int, str, int, str, str]]
     """(sample_id, key, size, reason, detail) of the places that stay empty."""
+    damage: str = ""
+    """What `verify --repair` found wrong with the tar beyond the samples that it left out."""
 
 
 @dataclass
@@ -163,16 +165,21 @@ def finish_shard(packed: PackedShard) -> ShardMark:
             temp.replace(stem.with_suffix(".idx"))
         else:  # readers refuse an empty tar, so of a shard without samples only the mark remains
             packed.temp_tar.unlink()
-        temp = _temp_name(task, ".parquet")
-        table = packed.table.replace_schema_metadata({MARK_KEY: json.dumps(vars(packed.mark))})
-        pq.write_table(table, temp, compression="zstd", row_group_size=max(1, len(table)))
-        with temp.open("rb") as file:
-            os.fsync(file.fileno())
-        temp.replace(stem.with_suffix(".parquet"))
+        write_mark(stem.with_suffix(".parquet"), packed.table, packed.mark)
     except BaseException:
         remove_temps(task)
         raise
     return packed.mark
+
+
+def write_mark(path: Path, table: Any, mark: ShardMark) -> None:
+    """Write a shard's index with its mark, and make it durable and visible at once."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    table = table.replace_schema_metadata({MARK_KEY: json.dumps(vars(mark))})
+    pq.write_table(table, temp, compression="zstd", row_group_size=max(1, len(table)))
+    with temp.open("rb") as file:
+        os.fsync(file.fileno())
+    temp.replace(path)
 
 
 def load_mark(task: ShardTask, *, plan_id: str) -> ShardMark | None:
