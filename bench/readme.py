@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from linerate.bench.record import Record, latest, load_jsonl, number
+from linerate.bench.record import Record, is_noisy, latest, load_jsonl, number
 
 FOLDERS = ("shards", "pipeline", "train", "bench")
 
@@ -31,7 +31,7 @@ def results_table(results: Path, *, relative_to: Path) -> str:
 def _row(record: Record, link: str) -> str:
     unmeasured = record.missing or record.refused
     ours = unmeasured or f"{number(record.ours)} {record.unit}"
-    ratio = "" if record.ratio is None else f"{record.ratio:.2f}"
+    ratio = "" if record.ratio is None else f"{'~' if is_noisy(record) else ''}{record.ratio:.2f}"
     if record.ratio_low is not None and record.ratio_high is not None:
         ratio += f" ({record.ratio_low:.2f} to {record.ratio_high:.2f})"
     verdict = {True: "met", False: "not met", None: ""}[record.met]

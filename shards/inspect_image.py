@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
@@ -20,6 +21,15 @@ ICC = 16
 EXIF = 32
 UNUSUAL_CODING = 64  # arithmetic or lossless: software decoders only
 TRAILING_BYTES = 128  # something follows the end-of-image marker
+EXTENDED = 256  # extended sequential: what baseline has, and more tables
+NOT_BASELINE = PROGRESSIVE | CMYK | UNUSUAL_CODING | EXTENDED
+# What was done to the image when it was packed; the bits above are those of the stored JPEG.
+RESIZED = 1 << 10
+TRANSCODED = 1 << 11  # was progressive, CMYK, arithmetic ...
+CONVERTED = 1 << 12  # was no JPEG
+TURNED = 1 << 13  # as its EXIF asked
+TO_SRGB = 1 << 14
+STRIPPED = 1 << 15
 FLAG_NAMES = {
     PROGRESSIVE: "progressive",
     GRAY: "grayscale",
@@ -29,6 +39,13 @@ FLAG_NAMES = {
     EXIF: "exif",
     UNUSUAL_CODING: "arithmetic or lossless",
     TRAILING_BYTES: "trailing bytes",
+    EXTENDED: "extended sequential",
+    RESIZED: "resized when packed",
+    TRANSCODED: "made baseline when packed",
+    CONVERTED: "made a JPEG when packed",
+    TURNED: "turned upright when packed",
+    TO_SRGB: "brought to sRGB when packed",
+    STRIPPED: "metadata stripped when packed",
 }
 
 _SIGNATURES = (
@@ -65,6 +82,9 @@ class RejectedError(Exception):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[RejectedError], tuple[str, str]]:
+        return RejectedError, (self.reason, self.detail)  # it travels between processes
+
 
 def check_header(data: Buffer, *, max_pixels: int) -> JpegHeader:
     """What the JPEG's header says, after checking markers, dimensions and the end-of-image marker.
@@ -77,16 +97,23 @@ def check_header(data: Buffer, *, max_pixels: int) -> JpegHeader:
         height, width, flags, scan = _walk_markers(data)
     except IndexError:
         raise RejectedError("cut short", "ends inside the header") from None
-    if not height or not width:
-        raise RejectedError("no dimensions", f"the header says {width} x {height}")
-    if height * width > max_pixels:
-        raise RejectedError("too many pixels", f"{width} x {height} exceeds --max-pixels {max_pixels}")
+    check_size(height, width, max_pixels=max_pixels)
     if data[-2:] != b"\xff\xd9":
         # A thumbnail inside EXIF ends with the same marker, so only one behind the scan counts.
         if bytes(data[scan:]).rfind(b"\xff\xd9") < 0:
             raise RejectedError("cut short", "no end-of-image marker")
         flags |= TRAILING_BYTES
     return JpegHeader(height, width, flags)
+
+
+def check_size(height: int, width: int, *, max_pixels: int, min_side: int = 1) -> None:
+    """Before anything is decoded. Raises RejectedError."""
+    if not height or not width:
+        raise RejectedError("no dimensions", f"the header says {width} x {height}")
+    if height * width > max_pixels:
+        raise RejectedError("too many pixels", f"{width} x {height} exceeds --max-pixels {max_pixels}")
+    if min(height, width) < min_side:
+        raise RejectedError("too small", f"{width} x {height}, less than --min-side {min_side}")
 
 
 def check_decode(data: Buffer, header: JpegHeader) -> None:
@@ -103,29 +130,38 @@ def check_full_decode(data: Buffer, header: JpegHeader) -> None:
 
 
 def _decode(data: Buffer, header: JpegHeader, *, min_factor: int) -> None:
-    if header.flags & ICC:
-        # A broken colour profile is one of the warnings, but no pixel depends on it: hide it.
-        data = bytes(data).replace(b"ICC_PROFILE\0", b"icc_profile\0")
+    data = hide_profile(data, header)
     colorspace = "CMYK" if header.flags & CMYK else "GRAY"
+    # Without a least height and width a factor is not obeyed.
+    least = 1 if min_factor > 1 else 0
     try:
-        simplejpeg.decode_jpeg(data, colorspace, True, True, min_factor=min_factor, strict=True)
+        simplejpeg.decode_jpeg(data, colorspace, True, True, least, least, min_factor, strict=True)
     except ValueError as error:
-        if not any(limit in str(error) for limit in _LIMITS_OF_SIMPLEJPEG):
-            raise RejectedError("does not decode", _one_line(error)) from None
+        if not is_limit_of_simplejpeg(error):
+            raise RejectedError("does not decode", one_line(error)) from None
         _decode_by_pillow(data)
 
 
-# Sound but rare images: odd subsampling, lossless RGB.
-_LIMITS_OF_SIMPLEJPEG = ("subsampling level", "color conversion")
+def hide_profile(data: Buffer, header: JpegHeader) -> Buffer:
+    """The JPEG with no profile that a decoder sees: a broken one is a warning, but no pixel depends on it."""
+    if not header.flags & ICC:
+        return data
+    return bytes(data).replace(b"ICC_PROFILE\0", b"icc_profile\0")
+
+
+def is_limit_of_simplejpeg(error: ValueError) -> bool:
+    """Does simplejpeg refuse a sound but rare image: odd subsampling, lossless RGB?"""
+    return any(limit in str(error) for limit in ("subsampling level", "color conversion"))
 
 
 def _decode_by_pillow(data: Buffer) -> None:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.load()
+            with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+                image.load()
     except Exception as error:  # Pillow raises OSError, TypeError, ValueError and more on broken files
-        raise RejectedError("does not decode", _one_line(error)) from None
+        raise RejectedError("does not decode", one_line(error)) from None
 
 
 def _walk_markers(data: Buffer) -> tuple[int, int, int, int]:
@@ -159,7 +195,7 @@ def _walk_markers(data: Buffer) -> tuple[int, int, int, int]:
             width = data[pos + 5] << 8 | data[pos + 6]
             flags |= _frame_flags(marker, data[pos + 2], data[pos + 7])
         elif marker == 0xE1 and data[pos + 2 : pos + 8] == b"Exif\0\0":
-            flags |= EXIF | (ORIENTED if _orientation(data[pos + 8 : pos + length]) > 1 else 0)
+            flags |= EXIF | (ORIENTED if exif_orientation(data[pos + 8 : pos + length]) > 1 else 0)
         elif marker == 0xE2 and data[pos + 2 : pos + 14] == b"ICC_PROFILE\0":
             flags |= ICC
         pos += length
@@ -173,6 +209,8 @@ def _frame_flags(marker: int, precision: int, components: int) -> int:
     if components not in (1, 3, 4):
         raise RejectedError("unsupported coding", f"{components} colour channels")
     flags = {1: GRAY, 4: CMYK}.get(components, 0)
+    if marker == 0xC1:
+        flags |= EXTENDED
     if marker in (0xC2, 0xCA):
         flags |= PROGRESSIVE
     if marker in (0xC3, 0xC9, 0xCA):
@@ -180,7 +218,7 @@ def _frame_flags(marker: int, precision: int, components: int) -> int:
     return flags
 
 
-def _orientation(tiff: Buffer) -> int:
+def exif_orientation(tiff: Buffer) -> int:
     """The EXIF orientation 1..8 from a TIFF block; 1 when it says nothing sensible."""
     order = {b"II": "little", b"MM": "big"}.get(bytes(tiff[:2]))
     if order is None:
@@ -222,5 +260,7 @@ def _why_no_jpeg(data: Buffer) -> tuple[str, str]:
 _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"hevc")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def one_line(error: BaseException) -> str:
+    """What a decoder says, without the memory address that some of Pillow's messages hold."""
+    text = re.sub(r"image file <_io\.BytesIO object at 0x[0-9a-f]+>", "it", str(error))
+    return " ".join(text.split())[:200]

@@ -109,7 +109,8 @@ def _pack_locked(
         return Catalog.load(out)
     # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
     on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
-    num_bytes = (plan.total_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
+    jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
+    num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
     require_space(out, num_bytes=num_bytes)
 
     def on_done(index: int, mark: ShardMark) -> None:
@@ -120,7 +121,7 @@ def _pack_locked(
             "linerate.shards.pack_shard:run_task",
             todo,
             num_workers=choose_num_workers(
-                num_workers, num_bytes=plan.total_bytes, may_crash=options.check != "header"
+                num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash
             ),
             on_done=on_done,
             on_progress=lambda samples: on_progress("pack", samples),
@@ -181,7 +182,7 @@ def _all_rejected(rejects: Any) -> str:
     listed = "; ".join(f"{count} {reason}" for reason, count in seen.most_common(4))
     return (
         f"none of the {rejects.num_rows} files is an image that can be packed: {listed}; shards hold JPEGs, "
-        f"so convert the others first, for example with `mogrify -format jpg`"
+        f"and --baseline makes them of PNG, WebP, GIF, BMP, TIFF, PNM and AVIF"
     )
 
 

@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from linerate.shards.careful import careful_judge
 from linerate.shards.fetch import SampleReader
-from linerate.shards.inspect_image import JpegHeader, RejectedError, check_decode, check_header
+from linerate.shards.image_policy import Judge, make_judge
+from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
 from linerate.shards.tar_writer import TarWriter
@@ -69,6 +71,8 @@ class ShardMark:
     max_sample_bytes: int
     rejects: list[tuple[int, str, int, str, str]]
     """(sample_id, key, size, reason, detail) of the places that stay empty."""
+    damage: str = ""
+    """What `verify --repair` found wrong with the tar beyond the samples that it left out."""
 
 
 @dataclass
@@ -77,6 +81,7 @@ class _Columns:
 
     row: array[int] = field(default_factory=lambda: array("q"))
     offset: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
     height: array[int] = field(default_factory=lambda: array("i"))
     width: array[int] = field(default_factory=lambda: array("i"))
     xxh3_64: array[int] = field(default_factory=lambda: array("Q"))
@@ -118,7 +123,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
             rows,
             containers=plan.containers,
             first_sample_id=plan.first_sample_id(task.shard),
-            policy=task.policy,
+            judge=_judge_for(task),
             report=report,
         )
         tar_bytes, tar_xxh3 = writer.finish()
@@ -160,16 +165,21 @@ def finish_shard(packed: PackedShard) -> ShardMark:
             temp.replace(stem.with_suffix(".idx"))
         else:  # readers refuse an empty tar, so of a shard without samples only the mark remains
             packed.temp_tar.unlink()
-        temp = _temp_name(task, ".parquet")
-        table = packed.table.replace_schema_metadata({MARK_KEY: json.dumps(vars(packed.mark))})
-        pq.write_table(table, temp, compression="zstd", row_group_size=max(1, len(table)))
-        with temp.open("rb") as file:
-            os.fsync(file.fileno())
-        temp.replace(stem.with_suffix(".parquet"))
+        write_mark(stem.with_suffix(".parquet"), packed.table, packed.mark)
     except BaseException:
         remove_temps(task)
         raise
     return packed.mark
+
+
+def write_mark(path: Path, table: Any, mark: ShardMark) -> None:
+    """Write a shard's index with its mark, and make it durable and visible at once."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    table = table.replace_schema_metadata({MARK_KEY: json.dumps(vars(mark))})
+    pq.write_table(table, temp, compression="zstd", row_group_size=max(1, len(table)))
+    with temp.open("rb") as file:
+        os.fsync(file.fileno())
+    temp.replace(path)
 
 
 def load_mark(task: ShardTask, *, plan_id: str) -> ShardMark | None:
@@ -207,7 +217,7 @@ def write_samples(
     *,
     containers: list[str],
     first_sample_id: int,
-    policy: ImagePolicy,
+    judge: Judge,
     report: Callable[[int], None] = lambda samples: None,
 ) -> _Columns:
     """Read, judge and write every row of a task. Nothing but RejectedError leaves a sample out."""
@@ -216,8 +226,6 @@ def write_samples(
     sizes: list[int] = rows.column("size").to_pylist()
     labels: list[int] = rows.column("label").to_pylist()
     extras: list[bytes | None] = rows.column("extra_json").to_pylist()
-    decode = policy.check == "decode"
-    last_word = _last_word(policy)
     with SampleReader(rows, containers) as reader:
         for row, size in enumerate(sizes):
             if row % REPORT_EVERY == 0 and row:
@@ -225,17 +233,18 @@ def write_samples(
             room = writer.room(size)
             try:
                 reader.read_next(room)
-                data = room[:size]
-                header = check_header(data, max_pixels=policy.max_pixels)
-                if decode:
-                    check_decode(data, header)
-                last_word(data)
+                taken = judge(room[:size])
             except RejectedError as reject:
                 columns.rejects.append(
                     (first_sample_id + row, keys[row].as_py(), size, reject.reason, reject.detail)
                 )
                 continue
-            digest = xxhash.xxh3_64_intdigest(data)
+            if taken.jpeg is not None:
+                size = len(taken.jpeg)
+                room = writer.room(size)
+                room[:size] = taken.jpeg
+            digest = xxhash.xxh3_64_intdigest(room[:size])
+            header = taken.header
             _add_sample(writer, columns, first_sample_id, row, size, header, digest, labels[row], extras[row])
     report((len(sizes) - 1) % REPORT_EVERY + 1)
     return columns
@@ -263,29 +272,30 @@ def _add_sample(
     columns.index_lines.append(line)
     columns.row.append(row)
     columns.offset.append(offset)
+    columns.size.append(size)
     columns.height.append(header.height)
     columns.width.append(header.width)
     columns.xxh3_64.append(digest)
     columns.flags.append(header.flags)
 
 
-def _last_word(policy: ImagePolicy) -> Callable[[memoryview], None]:
-    """A check by the decoder that trains, where the policy wants it."""
-    if policy.check != "dali":
-        return lambda data: None
-    from linerate.shards.dali_check import process_judge
-
-    return process_judge().check
+def _judge_for(task: ShardTask) -> Judge:
+    """In this process; in one of its own where a worker died on this shard before and left its file."""
+    if task.policy.may_crash:
+        others = task.stem.parent.glob(f".{task.stem.name}.tar.*.tmp")
+        if any(path != _temp_name(task, ".tar") for path in others):
+            return careful_judge(task.policy)
+    return make_judge(task.policy)
 
 
 def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
     taken = np.frombuffer(columns.row, np.int64) if columns.row else np.empty(0, np.int64)
-    kept = rows.select(["key", "size", "label"]).take(pa.array(taken))
+    kept = rows.select(["key", "label"]).take(pa.array(taken))
     arrays = {
         "sample_id": pa.array(taken + first_sample_id),
         "key": kept.column("key"),
         "offset": pa.array(columns.offset, pa.int64()),
-        "size": kept.column("size"),
+        "size": pa.array(columns.size, pa.int64()),
         "height": pa.array(columns.height, pa.int32()),
         "width": pa.array(columns.width, pa.int32()),
         "label": kept.column("label"),

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
 from linerate.shards.catalog import REJECTED_NAME, Catalog
 from linerate.shards.engines import choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
-from linerate.shards.inspect_image import RejectedError, check_full_decode, check_header
-from linerate.shards.pack_shard import MARK_KEY
-from linerate.shards.tar_reader import Member, read_members
-
-Decode = Literal["none", "header", "full"]
-MAX_PROBLEMS = 100  # of one shard
-NO_LIMIT = 1 << 62
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is not as it should be."""
-
-    file: str
-    what: str
-    sample_id: int | None = None
+from linerate.shards.verify_shard import Decode, Problem, VerifyTask
 
 
 @dataclass(frozen=True)
@@ -54,207 +35,65 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyTask:
-    """One shard to look at."""
-
-    root: str
-    shard: int
-    decode: Decode
-
-
 def verify_shards(
     catalog: Catalog,
     *,
     decode: Decode = "header",
+    sample: float = 1.0,
+    seed: int = 0,
     num_workers: int | None = None,
     on_progress: Callable[[float], None] = lambda samples: None,
 ) -> Report:
     """Read every shard and compare tar, index, marks and totals; nothing is changed.
 
     decode: how far each image is looked into besides its checksum: none, its header, or every pixel.
+    sample: the share of the shards that is read, drawn by `seed`; of the others only the tar's size is seen.
+    Raises UserError for a share that is none.
     """
-    tasks = [
-        VerifyTask(root=os.fspath(catalog.root), shard=shard, decode=decode)
-        for shard in range(catalog.num_shards)
-    ]
+    chosen = choose_shards(catalog.num_shards, sample=sample, seed=seed)
+    tasks = [VerifyTask(root=os.fspath(catalog.root), shard=shard, decode=decode) for shard in chosen]
     found: dict[int, list[Problem]] = {}
 
     def on_done(index: int, problems: list[Problem]) -> None:
-        found[index] = problems
+        found[chosen[index]] = problems
+
+    num_bytes = int(catalog.shard_bytes[chosen].sum())
 
     failures = run_tasks(
-        "linerate.shards.verify:run_task",
+        "linerate.shards.verify_shard:run_task",
         tasks,
-        num_workers=choose_num_workers(
-            num_workers, num_bytes=int(catalog.shard_bytes.sum()), may_crash=decode == "full"
-        ),
+        num_workers=choose_num_workers(num_workers, num_bytes=num_bytes, may_crash=decode == "full"),
         on_done=on_done,
         on_progress=on_progress,
     )
+    failed = {chosen[index]: failure for index, failure in failures.items()}
     problems = _check_folder(catalog)
     for shard, file in enumerate(catalog.files):
-        if shard in failures:
-            problems.append(Problem(file, f"{failures[shard].kind}: {failures[shard].text}"))
-        problems.extend(found.get(shard, []))
-    return Report(catalog.num_shards, catalog.num_samples, int(catalog.shard_bytes.sum()), problems)
+        if shard in failed:
+            problems.append(Problem(file, f"{failed[shard].kind}: {failed[shard].text}"))
+        problems.extend(found.get(shard, [] if shard in failed else _check_size(catalog, shard)))
+    return Report(len(chosen), int(catalog.shard_sizes[chosen].sum()), num_bytes, problems)
 
 
-def run_task(task: VerifyTask, report: Callable[[int], None]) -> list[Problem]:
-    """The problems of one shard, at most MAX_PROBLEMS of them."""
-    catalog = Catalog.load(task.root)
-    file = catalog.files[task.shard]
-    problems = []
-    for problem in _check_shard(catalog, task.shard, task.decode):
-        problems.append(Problem(file, *problem))
-        if len(problems) == MAX_PROBLEMS:
-            problems.append(Problem(file, f"more than {MAX_PROBLEMS} problems; the rest is not listed"))
-            break
-    report(int(catalog.shard_sizes[task.shard]))
-    return problems
-
-
-Found = tuple[str] | tuple[str, int]
-
-
-def _check_shard(catalog: Catalog, shard: int, decode: Decode) -> Iterator[Found]:
-    path = catalog.shard_path(shard)
-    try:
-        table = catalog.load_table(shard)
-    except UserError as error:
-        yield (str(error),)
-        table = None
-    else:
-        yield from _check_mark(catalog, shard, table)
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _check_bytes(catalog, shard, data)
-            members = list(read_members(path))
-            if table is not None:
-                yield from _check_samples(catalog, table, members, memoryview(data), decode)
-    except FileNotFoundError:
-        yield ("the tar is missing",)
-        return
-    except (UserError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        yield (str(error),)
-        return
-    yield from _check_text_index(path.with_suffix(".idx"), members)
-
-
-def _check_mark(catalog: Catalog, shard: int, table: Any) -> Iterator[Found]:
-    try:
-        mark = json.loads(table.schema.metadata[MARK_KEY])
-    except (KeyError, TypeError, ValueError):
-        yield ("the .parquet has no mark of a finished shard",)
-        return
-    expected = {
-        "plan_id": catalog.plan_id,
-        "samples": int(catalog.shard_sizes[shard]),
-        "tar_bytes": int(catalog.shard_bytes[shard]),
-        "tar_xxh3": int(catalog.shard_xxh3[shard]),
-    }
-    for key, value in expected.items():
-        if mark.get(key) != value:
-            yield (f"the .parquet's mark says {key} {mark.get(key)}, the catalog {value}",)
-
-
-def _check_bytes(catalog: Catalog, shard: int, data: mmap.mmap) -> Iterator[Found]:
-    size, expected = len(data), int(catalog.shard_bytes[shard])
-    if size != expected:
-        yield (f"the tar has {size} bytes, the catalog says {expected}",)
-    elif (digest := xxhash.xxh3_64_intdigest(data)) != int(catalog.shard_xxh3[shard]):
-        yield (f"the tar's xxh3_64 is {digest:016x}, the catalog says {int(catalog.shard_xxh3[shard]):016x}",)
-
-
-def _check_samples(
-    catalog: Catalog, table: Any, members: list[Any], data: memoryview, decode: Decode
-) -> Iterator[Found]:
-    samples = _group(members)
-    rows = table.to_pylist()
-    ids = {row["sample_id"] for row in rows}
-    for sample_id in samples.keys() - ids:
-        yield (f"the tar holds {sample_id}, the .parquet does not",)
-    with data:
-        for row in rows:
-            sample_id = row["sample_id"]
-            image = samples.get(f"{sample_id:012d}", samples.get(sample_id, {})).get("jpg")
-            if image is None:
-                yield "the .parquet lists it, the tar does not hold it", sample_id
-            elif (image.offset, image.size) != (row["offset"], row["size"]):
-                yield (
-                    f"lies at {image.offset} with {image.size} bytes, the .parquet says {row['offset']} with "
-                    f"{row['size']}",
-                    sample_id,
-                )
-            else:
-                with data[image.offset : image.offset + image.size] as jpeg:
-                    yield from ((what, sample_id) for what in _check_jpeg(jpeg, row, decode))
-                yield from (
-                    (what, sample_id)
-                    for what in _check_label(samples[sample_id].get("cls"), row["label"], data, catalog)
-                )
-
-
-def _group(members: list[Any]) -> dict[Any, dict[str, Member]]:
-    """Sample id (or the member's name, where it is none) -> extension -> member."""
-    samples: dict[Any, dict[str, Member]] = {}
-    for member in members:
-        stem, _, extension = member.name.decode("utf-8", "backslashreplace").partition(".")
-        samples.setdefault(int(stem) if stem.isdigit() else stem, {})[extension] = member
-    return samples
-
-
-def _check_jpeg(jpeg: memoryview, row: dict[str, Any], decode: Decode) -> Iterator[str]:
-    if xxhash.xxh3_64_intdigest(jpeg) != row["xxh3_64"]:
-        yield "its bytes differ from the checksum in the .parquet"
-        return
-    if decode == "none":
-        return
-    try:
-        header = check_header(jpeg, max_pixels=NO_LIMIT)
-        if decode == "full":
-            check_full_decode(jpeg, header)
-    except RejectedError as error:
-        yield str(error)
-        return
-    if (header.height, header.width) != (row["height"], row["width"]):
-        yield f"is {header.width} x {header.height}, the .parquet says {row['width']} x {row['height']}"
-
-
-def _check_label(member: Member | None, label: int, data: memoryview, catalog: Catalog) -> Iterator[str]:
-    text = (
-        bytes(data[member.offset : member.offset + member.size]).decode("ascii", "replace")
-        if member
-        else "-1"
-    )
-    if text != str(label):
-        yield f"its label is {label} in the .parquet, {text if member else 'none'} in the tar"
-    elif label >= len(catalog.class_names):
-        yield f"its label is {label}, the catalog names {len(catalog.class_names)} classes"
-
-
-def text_index(members: list[Any]) -> str:
-    """DALI's text index v1.2 of a tar whose samples' members lie together."""
-    lines = [
-        " ".join(f"{ext} {m.offset} {m.size} {m.name.decode()}" for ext, m in fields.items()) + "\n"
-        for fields in _group(members).values()
-    ]
-    return "".join([f"v1.2 {len(lines)}\n", *lines])
-
-
-def _check_text_index(path: Path, members: list[Any]) -> Iterator[Found]:
-    try:
-        stored = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        yield ("its .idx is missing",)
-        return
-    expected = text_index(members)
-    if stored != expected:
-        pairs = zip(stored.splitlines(), expected.splitlines(), strict=False)
-        line = next(
-            (i for i, (a, b) in enumerate(pairs) if a != b), min(stored.count("\n"), expected.count("\n"))
+def choose_shards(num_shards: int, *, sample: float, seed: int) -> list[int]:
+    """This share of the shards, at least one, ascending. Raises UserError for a share that is none."""
+    if not 0 < sample <= 1:
+        raise UserError(
+            f"--sample is {sample}; give a share of the shards above 0 and at most 1, such as 0.01"
         )
-        yield (f"its .idx differs from the tar from line {line + 1} on",)
+    count = max(1, round(sample * num_shards))
+    return sorted(np.random.default_rng(seed).permutation(num_shards)[:count].tolist())
+
+
+def _check_size(catalog: Catalog, shard: int) -> list[Problem]:
+    """What can be said of a shard without reading it."""
+    expected = int(catalog.shard_bytes[shard])
+    try:
+        size = catalog.shard_path(shard).stat().st_size
+    except OSError:
+        return [Problem(catalog.files[shard], "the tar is missing")]
+    said = f"the tar has {size} bytes, the catalog says {expected}"
+    return [] if size == expected else [Problem(catalog.files[shard], said)]
 
 
 def _check_folder(catalog: Catalog) -> list[Problem]:

@@ -29,7 +29,7 @@ from linerate.bench.timing import Side, one_core
 from linerate.pipeline.order import EpochOrder, default_num_lanes
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.catalog import Catalog
-from linerate.shards.options import ImagePolicy, PackOptions
+from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
 from linerate.shards.pack_shard import ShardTask, finish_shard, pack_shard
 from linerate.shards.plan import make_plan
@@ -270,13 +270,12 @@ def _planned_pack(setting: Setting, images: ImageFolder, options: PackOptions) -
     folder.mkdir()
     source = open_source([images.root])
     make_plan(source, folder, seed=options.seed, sizing=options.sizing, options=dataclasses.asdict(options))
-    policy = ImagePolicy(check=options.check, max_pixels=options.max_pixels)
     task = ShardTask(
         plan_folder=os.fspath(folder),
         shard=0,
         out=os.fspath(setting.scratch / "ours"),
         name=options.name,
-        policy=policy,
+        policy=options.policy,
     )
     return lambda: finish_shard(pack_shard(task))
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from linerate.shards import verify
+from linerate.shards import verify_shard
 from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError
 from linerate.shards.pack import pack
-from linerate.shards.verify import Report, verify_shards
+from linerate.shards.verify import Report, choose_shards, verify_shards
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def edit(path: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> N
 
 
 @pytest.mark.parametrize("decode", ["none", "header", "full"])
-def test_sound_shards_are_sound(packed: Catalog, decode: verify.Decode) -> None:
+def test_sound_shards_are_sound(packed: Catalog, decode: verify_shard.Decode) -> None:
     seen: list[float] = []
     report = verify_shards(packed, decode=decode, num_workers=0, on_progress=seen.append)
     assert report.ok
@@ -165,7 +166,7 @@ def test_foreign_tars_and_a_wrong_list_of_rejects_are_found(root: Path) -> None:
 
 
 def test_the_list_of_problems_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "MAX_PROBLEMS", 3)
+    monkeypatch.setattr(verify_shard, "MAX_PROBLEMS", 3)
     edit(root / "shard-000000.parquet", "xxh3_64", lambda v: [0] * len(v))
     problems = check(root).problems
     assert len(problems) == 4
@@ -176,7 +177,35 @@ def test_a_shard_whose_check_fails_is_a_problem(root: Path, monkeypatch: pytest.
     def fail(*args: object) -> None:
         raise MemoryError("too large")
 
-    monkeypatch.setattr(verify, "_check_shard", fail)
+    monkeypatch.setattr(verify_shard, "_check_shard", fail)
     report = check(root)
     assert len(report.problems) == 5
     assert report.problems[0].what == "MemoryError: too large"
+
+
+def test_a_sample_reads_some_shards_and_sees_the_size_of_all(root: Path) -> None:
+    catalog = Catalog.load(root)
+    chosen = choose_shards(5, sample=0.4, seed=1)
+    report = check(root, sample=0.4, seed=1)
+    assert report.ok
+    assert (report.num_shards, report.num_samples, len(chosen)) == (2, 16, 2)
+    assert report.num_bytes == int(catalog.shard_bytes[chosen].sum())
+    others = [shard for shard in range(5) if shard not in chosen]
+    (root / f"shard-{others[0]:06d}.tar").unlink()
+    os.truncate(root / f"shard-{others[1]:06d}.tar", 2000)
+    patch(root / f"shard-{others[2]:06d}.tar", 600, b"\0\0\0\0")  # its size stays, so nobody sees it
+    patch(root / f"shard-{chosen[1]:06d}.tar", 600, b"\0\0\0\0")
+    problems = {(p.file, p.what.split(",")[0]) for p in check(root, sample=0.4, seed=1).problems}
+    assert {file for file, _ in problems} == {
+        f"shard-{shard:06d}.tar" for shard in (others[0], others[1], chosen[1])
+    }
+    assert (f"shard-{others[0]:06d}.tar", "the tar is missing") in problems
+    assert (f"shard-{others[1]:06d}.tar", "the tar has 2000 bytes") in problems
+
+
+def test_seeds_draw_other_shards_and_at_least_one() -> None:
+    assert {tuple(choose_shards(5, sample=0.01, seed=seed)) for seed in range(50)} == {(n,) for n in range(5)}
+    assert choose_shards(5, sample=1.0, seed=3) == [0, 1, 2, 3, 4]
+    for share in (0.0, -1.0, 1.1):
+        with pytest.raises(UserError, match=f"--sample is {share}; give a share"):
+            choose_shards(5, sample=share, seed=0)
