@@ -46,6 +46,7 @@ def test_columns_have_the_promised_types(packed: Catalog) -> None:
         "height": np.int32,
         "width": np.int32,
         "label": np.int32,
+        "xxh3_64": np.uint64,
     }
     assert (np.diff(index.sample_id) > 0).all()
     assert packed.shard_xxh3.dtype == np.uint64
