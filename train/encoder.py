@@ -17,6 +17,7 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from linerate.shards.errors import UserError
 
@@ -76,6 +77,7 @@ def build_encoder(name: str, *, dim: int = 128, head: Head = "linear", stem: Ste
     if dim < 1:
         raise UserError(f"dim={dim} must be at least 1; MoCo's is 128")
     backbone = _build_backbone(name)
+    _keep_from_strided_pointwise(backbone)
     if stem == "cifar":
         _put_cifar_stem(backbone, name)
     # Some of timm's models put a layer between the pooled features and the classifier; theirs come first.
@@ -143,6 +145,31 @@ def _resnet(block: Block, layers: tuple[int, ...], channels: tuple[int, ...], *,
         setattr(net, name, stage)
     net.init_weights(zero_init_last=False)
     return net
+
+
+class _SlicedPointwise(nn.Conv2d):
+    """A strided 1x1 convolution as a plain one of every stride-th pixel: the same sums."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        down, right = self.stride
+        return conv2d(input[..., ::down, ::right], self.weight, self.bias, groups=self.groups)
+
+
+# oneDNN's vectors hold up to 16 channels. With fewer, its weight gradient of a strided 1x1 convolution over
+# channels_last pixels writes past a buffer: wrong gradients, or the process dies (uxlfoundation/oneDNN#6035).
+_VECTOR_CHANNELS = 16
+
+
+def _keep_from_strided_pointwise(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.padding in ((0, 0), 0)
+            and module.stride != (1, 1)
+            and module.in_channels // module.groups < _VECTOR_CHANNELS
+        ):
+            module.__class__ = _SlicedPointwise
 
 
 def _put_cifar_stem(backbone: nn.Module, name: str) -> None:

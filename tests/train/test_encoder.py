@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -104,3 +108,35 @@ def test_an_encoder_of_one_image_size_refuses_others_in_one_line() -> None:
     tiny.require_size(97)
     with pytest.raises(UserError, match=r"160x160 pixels alone, not of size=97; give --size 160"):
         vit.require_size(97)
+
+
+def test_gradients_of_narrow_strided_1x1_convolutions_are_right_and_kill_no_process() -> None:
+    # As oneDNN computes them, 6 steps at this width and size end by SIGSEGV: so a process of its own.
+    code = """
+import copy, torch
+from linerate.train.encoder import build_encoder
+torch.manual_seed(0)
+encoder = build_encoder("tiny-resnet-w4", dim=8, stem="cifar").to(memory_format=torch.channels_last)
+exact = copy.deepcopy(encoder).double()
+shortcuts = [block.downsample[0] for block in (encoder.backbone.layer2[0], exact.backbone.layer2[0])]
+pixels = torch.randn(64, 64, 64, 4).permute(0, 3, 1, 2)
+for _ in range(20):
+    for shortcut in shortcuts:
+        shortcut.weight.grad = None
+    outputs = shortcuts[0](pixels), shortcuts[1](pixels.double())
+    for output in outputs:
+        output.square().sum().backward()
+    found, exact_grad = shortcuts[0].weight.grad.double(), shortcuts[1].weight.grad
+    torch.testing.assert_close(found, exact_grad, rtol=1e-4, atol=1e-2)
+    encoder(torch.randint(0, 256, (64, 64, 64, 3), dtype=torch.uint8).permute(0, 3, 1, 2)).sum().backward()
+print(tuple(outputs[0].shape))
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "(64, 8, 32, 32)"
+
+
+def test_wide_strided_convolutions_stay_as_they_are() -> None:
+    kinds = {type(m) for m in build_encoder("resnet18").modules() if isinstance(m, torch.nn.Conv2d)}
+    assert kinds == {torch.nn.Conv2d}
