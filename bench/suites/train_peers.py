@@ -84,8 +84,9 @@ class PlainMoCo:
         self.optimizer = torch.optim.SGD(
             self.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, foreach=True
         )
-        self.mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-        self.std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+        self.dtype = keys.dtype
+        self.mean = torch.tensor(IMAGENET_MEAN, dtype=self.dtype).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, dtype=self.dtype).view(1, 3, 1, 1)
 
     def step(self, query_images: Tensor, key_images: Tensor, *, autocast: bool = False) -> Tensor:
         """The loss of one iteration on (N, 3, S, S) uint8 views."""
@@ -94,16 +95,16 @@ class PlainMoCo:
             with torch.no_grad():
                 key = F.normalize(self.key_encoder(self.normalise(key_images)), dim=1)
             # The logits keep float32, as ours do.
-        loss, _, _ = infonce_cat(query.float(), key.float(), self.queue.queue, self.temperature)
+        loss, _, _ = infonce_cat(query.to(self.dtype), key.to(self.dtype), self.queue.queue, self.temperature)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         ema_foreach(
             list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), self.ema_momentum
         )
-        self.queue.enqueue(key.float())
+        self.queue.enqueue(key.to(self.dtype))
         return loss.detach()
 
     def normalise(self, images: Tensor) -> Tensor:
         """ToTensor and Normalize on a batch."""
-        return (images.float() / 255 - self.mean) / self.std
+        return (images.to(self.dtype) / 255 - self.mean) / self.std
