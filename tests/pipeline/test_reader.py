@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import pickle
@@ -29,8 +30,12 @@ def fetch_of(catalog: Catalog, **options) -> EpochFetch:
 
 
 def open_tars(catalog: Catalog) -> list[str]:
-    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    targets = [str(link.readlink()) for link in links]
+    """The tars of this catalog that this process holds open."""
+    targets = []
+    for entry in Path("/proc/self/fd").iterdir():
+        # Other threads of the process, and the listing itself, close descriptors meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            targets.append(str(entry.readlink()))
     return [target for target in targets if target.startswith(str(catalog.root)) and target.endswith(".tar")]
 
 
