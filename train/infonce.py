@@ -63,7 +63,7 @@ def infonce_pass(
     # Online softmax: maximum and sum of exponentials over what has been seen; the positive has.
     maximum, total = positive.clone(), torch.ones_like(positive)
     weighted, beaten_by = torch.zeros_like(query), torch.zeros_like(positive)
-    chunk = _chunk_size(query, len(negatives))
+    chunk = chunk_size(len(query), len(negatives), device_type=query.device.type)
     logits, beats = query.new_empty(2, len(query), chunk).unbind()
     for part in torch.split(negatives, chunk):
         part = part.to(query.dtype)
@@ -103,10 +103,10 @@ def _scale_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]
 _streamed.register_autograd(_scale_gradient, setup_context=_save_gradient)
 
 
-def _chunk_size(query: Tensor, num_negatives: int) -> int:
+def chunk_size(num_queries: int, num_negatives: int, *, device_type: str) -> int:
     """M: two buffers of N x M that stay in a CPU core's cache, or are large enough for a GPU's launches."""
-    elements = 2**18 if query.device.type == "cpu" else 2**21
-    fitting = max(256, elements // max(1, len(query)))
+    elements = 2**18 if device_type == "cpu" else 2**21
+    fitting = max(256, elements // max(1, num_queries))
     # Both buffers together hold at most 1/16 of the logits, unless there are few negatives.
     return min(fitting, max(256, num_negatives // 32))
 

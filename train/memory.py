@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
+from linerate.train.infonce import chunk_size
 from linerate.train.launch import resolve_precision
 
 FLOAT_BYTES = 4
@@ -19,8 +20,8 @@ def estimate_memory(config: TrainConfig, *, rank_batch: int) -> dict[str, int]:
     """Bytes on one rank by what they hold, with their sum as `total`.
 
     Counted: parameters of both encoders, gradients and SGD's buffer of one, the queue, the views at hand, the
-    activations that the query encoder's backward needs, and the logits. Not counted: the allocator's and the
-    libraries' own, some hundred MiB on a GPU.
+    activations that the query encoder's backward needs, and the chunk of logits that InfoNCE streams. Not
+    counted: the allocator's and the libraries' own, some hundred MiB on a GPU.
     """
     with torch.device("meta"):
         model = config.model
@@ -29,6 +30,7 @@ def estimate_memory(config: TrainConfig, *, rank_batch: int) -> dict[str, int]:
     parameters = sum(p.numel() for p in encoder.parameters()) * FLOAT_BYTES
     image = 3 * config.views.size**2
     num_keys = config.dictionary.num_keys
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     narrow = 2 if resolve_precision(config.speed) == "bf16" else 1
     parts = {
         "parameters of both encoders": 2 * parameters,
@@ -36,7 +38,7 @@ def estimate_memory(config: TrainConfig, *, rank_batch: int) -> dict[str, int]:
         "queue": num_keys * model.dim * FLOAT_BYTES,
         "views": 2 * rank_batch * image,
         "activations": rank_batch * activation_bytes(encoder, size=config.views.size) // narrow,
-        "logits": 3 * rank_batch * (num_keys + 1) * FLOAT_BYTES,
+        "logits": 2 * rank_batch * chunk_size(rank_batch, num_keys, device_type=device) * FLOAT_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
 

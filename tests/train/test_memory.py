@@ -34,6 +34,8 @@ def test_parts_are_what_the_formulas_say() -> None:
     assert memory["queue"] == 65536 * 128 * 4
     assert memory["parameters of both encoders"] == 2 * 23_770_304 * 4
     assert memory["views"] == 2 * 32 * 3 * 224 * 224
+    # Two buffers, a sixteenth of the logits at most: nothing grows with N x K.
+    assert memory["logits"] <= 32 * 65536 * 4 // 16
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
 
 
