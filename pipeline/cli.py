@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cores import default_num_threads
+from linerate.pipeline.gallery import write_animation, write_gallery
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes
 from linerate.pipeline.order_report import order_rows, report_order
-from linerate.pipeline.preview import draw_sheet, find_position, see_samples
+from linerate.pipeline.preview import find_position, see_samples, write_sheet
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.recipe import RECIPES, find_recipe
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, make_parent, nearest, parse_args
 
-DEFAULT_DRAWN_SAMPLES, DEFAULT_PARITY_SAMPLES = 8, 64
+DEFAULT_DRAWN_SAMPLES, DEFAULT_PARITY_SAMPLES, DEFAULT_GALLERY_EPOCHS = 8, 64, 12
 DRAWN_BACKENDS = ("dali", "torch")
 
 
@@ -40,15 +42,16 @@ class ViewsArgs:
     shards: Path
     """The folder that `linerate shard pack` wrote."""
     out: Path = Path("views.png")
-    """The picture, PNG."""
+    """The picture. A .png shows the samples side by side; a .gif has a frame an epoch, and a .html is a page
+    of every epoch's views of each sample."""
     sample: tuple[int, ...] = ()
     """Ids of the samples to draw (as the tar names them); without it some from all over the shards."""
     samples: int | None = None
     """How many samples, where --sample names none; by default 8, and 64 for --parity."""
     epoch: int = 0
     """The epoch whose views are drawn."""
-    epochs: int = 1
-    """Draw so many epochs from there on."""
+    epochs: int | None = None
+    """Draw so many epochs from there on; by default 1, and 12 in a .gif or .html."""
     size: int = 224
     """Height and width of a view in pixels."""
     seed: int = 0
@@ -90,18 +93,19 @@ def main(argv: list[str]) -> int:
 
 
 def _picture(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
-    positions = _positions(args, catalog, default=DEFAULT_DRAWN_SAMPLES)
-    _check_out(args.out)
+    write, default_samples, default_epochs = _choose_writer(args.out)
+    positions = _positions(args, catalog, default=default_samples)
+    epochs = default_epochs if args.epochs is None else args.epochs
     seen = see_samples(
         catalog,
         positions,
         recipe=find_recipe(args.recipe, size=args.size),
         backend=args.backend,
         seed=args.seed,
-        epochs=range(args.epoch, args.epoch + args.epochs),
+        epochs=range(args.epoch, args.epoch + epochs),
     )
     title = f"{args.recipe} on {args.shards.absolute().name}, seed {args.seed}, {args.backend}"
-    draw_sheet(seen, title=title, class_names=catalog.class_names).save(args.out)
+    write(args.out, seen, title=title, class_names=catalog.class_names)
     result = {
         "out": str(args.out),
         "recipe": args.recipe,
@@ -116,7 +120,7 @@ def _picture(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
             ("picture", str(args.out)),
             ("recipe", f"{args.recipe} at {args.size} px by {args.backend}"),
             ("samples", ", ".join(f"{sample:012d}" for sample in dict.fromkeys(s.sample_id for s in seen))),
-            ("epochs", f"{args.epoch}..{args.epoch + args.epochs - 1}, seed {args.seed}"),
+            ("epochs", f"{args.epoch}..{args.epoch + epochs - 1}, seed {args.seed}"),
         ],
     )
     return result, table
@@ -187,11 +191,10 @@ def _bound(bound: float) -> str:
 
 def _positions(args: ViewsArgs, catalog: Catalog, *, default: int) -> list[int]:
     """Those of --sample, or --samples from all over the shards."""
-    if (args.samples is not None and args.samples < 1) or args.epochs < 1 or args.epoch < 0:
-        raise UserError(
-            f"--samples {args.samples} --epochs {args.epochs} --epoch {args.epoch}: "
-            "at least 1 sample, 1 epoch, epoch 0"
-        )
+    for name, least in (("samples", 1), ("epochs", 1), ("epoch", 0)):
+        given = getattr(args, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name} is {given}, at least {least} is needed")
     if not catalog.num_samples:
         raise UserError(f"the shards in {args.shards} hold no sample; pack some images first")
     if args.sample:
@@ -200,10 +203,17 @@ def _positions(args: ViewsArgs, catalog: Catalog, *, default: int) -> list[int]:
     return [int(place) for place in np.linspace(0, catalog.num_samples - 1, num).astype(int)]
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+def _choose_writer(out: Path) -> tuple[Callable[..., None], int, int]:
+    """What writes the picture, how many samples it shows by default, and how many epochs."""
+    writers = {
+        ".png": (write_sheet, DEFAULT_DRAWN_SAMPLES, 1),
+        ".gif": (write_animation, 2, DEFAULT_GALLERY_EPOCHS),
+        ".html": (write_gallery, 1, DEFAULT_GALLERY_EPOCHS),
+    }
+    if out.suffix.lower() not in writers:
+        raise UserError(f"--out {out}: give a name that ends in {', '.join(writers)}")
     make_parent(out)
+    return writers[out.suffix.lower()]
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -162,6 +162,11 @@ def draw_sheet(
     return sheet
 
 
+def write_sheet(path: Path, seen: Sequence[SeenSample], *, title: str, class_names: Sequence[str]) -> None:
+    """The contact sheet as a PNG."""
+    draw_sheet(seen, title=title, class_names=class_names).save(path)
+
+
 def caption(draws: NDArray[np.float32], *, height: int, width: int) -> list[str]:
     """Lines that say what was drawn for a view."""
     area = (draws[Draw.BOTTOM] - draws[Draw.TOP]) * (draws[Draw.RIGHT] - draws[Draw.LEFT])

@@ -85,8 +85,10 @@ def test_parity_beyond_a_bound_exits_with_1(catalog, capsys, monkeypatch):
         (["v2", "--backend", "synthetic"], "no backend that makes views of images: `synthetic`"),
         (["v2", "--sample", "99"], r"sample 99 is not in 0\.\.40"),
         (["v2", "--out", "/dev/null/x/views.png"], "its folder /dev/null/x cannot be made"),
-        (["v2", "--out", "views.jpg"], r"give a name that ends in \.png"),
-        (["v2", "--samples", "0"], "at least 1 sample"),
+        (["v2", "--out", "views.jpg"], r"give a name that ends in \.png, \.gif, \.html"),
+        (["v2", "--samples", "0"], "--samples is 0, at least 1 is needed"),
+        (["v2", "--epochs", "0"], "--epochs is 0, at least 1 is needed"),
+        (["v2", "--epoch", "-1"], "--epoch is -1, at least 0 is needed"),
         (["v2", "--order", "--global-batch", "99"], "41 samples do not fill one global_batch=99"),
         (["v2", "--order", "--global-batch", "8", "--world-size", "3"], "world_size=3 does not divide"),
         (["v2", "--parity", "--device", "gpu"], "no device `gpu`"),
@@ -118,3 +120,14 @@ def test_parity_on_a_device_that_is_not_there_is_one_line(catalog, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="there is no CUDA device here"):
         main(["v2", "--shards", str(catalog.root), "--parity", "--device", "cuda"])
+
+
+@pytest.mark.parametrize(("name", "num_samples"), [("v.gif", 2), ("v.html", 1)])
+def test_an_animation_or_a_page_shows_few_samples_over_many_epochs(
+    catalog, tmp_path, capsys, name, num_samples
+):
+    argv = ("v2", "--shards", catalog.root, "--out", tmp_path / name, "--backend", "torch", "--size", "24")
+    samples = run_json(capsys, *argv)["samples"]
+    assert (tmp_path / name).stat().st_size > 0
+    assert len({sample["sample_id"] for sample in samples}) == num_samples
+    assert [sample["epoch"] for sample in samples][::num_samples] == list(range(12))
