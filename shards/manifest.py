@@ -18,6 +18,7 @@ from linerate.shards.manifest_sql import (
     column_sql,
     container_sql,
     extra_sql,
+    good_sql,
     list_as_tags,
     literal,
     path_sql,
@@ -137,8 +138,7 @@ def _convert(
     else:
         separator = ", delim=chr(9)" if kind == "tsv" else ""
         read = (
-            f"read_csv([{listed}], header=true, sample_size=-1, store_rejects=true, rejects_limit=0, "
-            f"union_by_name=true{separator}{name_column})"
+            f"read_csv([{listed}], header=true, sample_size=-1, store_rejects=true{separator}{name_column})"
         )
     db.execute(f"COPY (SELECT * FROM {read}) TO {literal(os.fspath(out))} (COMPRESSION zstd)")
     if kind == "json":
@@ -150,6 +150,19 @@ def _convert(
     )
     while rows := found.fetchmany(10_000):
         rejects.add([(key, 0, "unreadable row", detail) for key, detail in rows])
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one look at every row of a manifest tells."""
+
+    num_bad: int
+    """Rows that cannot be samples."""
+    num_elsewhere: int
+    """Rows that name a URL or an absolute path."""
+    low: int | None
+    """The least and the largest class number, where classes have numbers."""
+    high: int | None
 
 
 class _Columns:
@@ -199,26 +212,36 @@ class _Columns:
         """The table as the plan takes it; its rows that cannot be samples go to `rejects`."""
         path = f"{quoted(self.path)}::VARCHAR"
         key = f"{quoted(self.key)}::VARCHAR" if self.key else path
-        size = f"coalesce(greatest({quoted(self.size)}, -1), -1)::BIGINT" if self.size else "-1::BIGINT"
-        problem = problem_sql(path, key, size)
-        good = f"({problem}) IS NULL"
-        self._reject(problem, path, size, rejects)
-        class_names, label, relation = self._classes(good)
+        size = quoted(self.size) if self.size else None
+        survey = self._survey(path, key, size)
+        if survey.num_bad:
+            self._reject(path, key, size, rejects)
+        class_names, label, relation = self._classes(survey)
         taken = {self.label, self.size, self.key or self.path}
         metadata = {
             plan_name(name, list(self.types)): (name, kind)
             for name, kind in self.types.items()
             if name not in taken
         }
-        fields = {"key": key, "container": container_sql(path, folders), "size": size, "label": label}
-        after = {"offset": "0::BIGINT", "path": path_sql("key"), "extra_json": extra_sql(metadata)}
+        # What the sort carries is kept small: what follows from it is made behind it.
+        fields = {"key": key, "label": label, "size": size or "-1"}
+        after = {
+            "offset": "0::BIGINT",
+            "size": "coalesce(greatest(size, -1), -1)::BIGINT",
+            "label": "coalesce(label, -1)::INTEGER",
+            "extra_json": extra_sql(metadata),
+        }
+        if survey.num_elsewhere or len(folders) > 1:
+            fields["container"] = container_sql(path, folders)
+        else:
+            after["container"] = "2::INTEGER"
         if self.key:
             fields["path"] = path
             after["path"] = path_sql("path")
         fields |= {name: column_sql(quoted(column), kind) for name, (column, kind) in metadata.items()}
         return Listing(
             relation=relation,
-            good=good,
+            good=good_sql(path, key, size) if survey.num_bad else "true",
             fields=fields,
             after=after,
             tags=self._tags(),
@@ -229,11 +252,22 @@ class _Columns:
             where_from=self.where_from,
         )
 
-    def _reject(self, problem: str, path: str, size: str, rejects: RejectWriter) -> None:
+    def _survey(self, path: str, key: str, size: str | None) -> _Survey:
+        numbers = self.label is not None and self.types[self.label] in INTEGERS
+        label = quoted(self.label) if self.label is not None and numbers else "NULL"
+        found = self.db.execute(
+            f"SELECT count(*) FILTER (NOT ({good_sql(path, key, size)})), "
+            f"count(*) FILTER (contains({path}, '://') OR starts_with({path}, '/')), "
+            f"min({label}), max({label}) "
+        ).fetchall()
+        return _Survey(*found[0])
+
+    def _reject(self, path: str, key: str, size: str | None, rejects: RejectWriter) -> None:
         numbered = f"{self.table[:-1]}, file_row_number=true)"
         found = self.db.execute(
-            f"SELECT coalesce(nullif(left({path}, 1000), ''), 'row ' || (file_row_number + 1)), {size}, "
-            f"({problem}) AS problem FROM {numbered} WHERE problem IS NOT NULL"
+            f"SELECT coalesce(nullif(left({path}, 1000), ''), 'row ' || (file_row_number + 1)), "
+            f"coalesce({size or 'NULL'}, -1), {problem_sql(path, key, size)} "
+            f"FROM {numbered} WHERE NOT ({good_sql(path, key, size)})"
         )
         while rows := found.fetchmany(10_000):
             rejects.add([(key, size, *split_problem(problem)) for key, size, problem in rows])
@@ -246,18 +280,15 @@ class _Columns:
             return list_as_tags(f"{name}::VARCHAR[]")
         return text_as_tags(f"{name}::VARCHAR")
 
-    def _classes(self, good: str) -> tuple[list[str], str, str]:
+    def _classes(self, survey: _Survey) -> tuple[list[str], str, str]:
         """Names of the classes, SQL of a row's class number, and the table with what that needs."""
         if self.label is None:
-            return [], "-1::INTEGER", self.table
+            return [], "-1", self.table
         kind, name = self.types[self.label], quoted(self.label)
         if kind in INTEGERS:
-            low, high = self.db.execute(
-                f"SELECT min({name}), max({name}) FROM {self.table} WHERE {good}"
-            ).fetchone()
-            self._require_numbers(low, high)
-            count = 0 if high is None else high + 1
-            return [str(label) for label in range(count)], f"coalesce({name}, -1)::INTEGER", self.table
+            self._require_numbers(survey.low, survey.high)
+            count = 0 if survey.high is None else survey.high + 1
+            return [str(label) for label in range(count)], name, self.table
         if kind not in ("VARCHAR", "JSON"):
             raise UserError(
                 f"the label column {self.label} of {self.where_from} is {kind}; give one of text or whole "
@@ -266,8 +297,7 @@ class _Columns:
         unpacked = f"{name}->>'$'" if kind == "JSON" else name
         text = f"nullif({unpacked}, '')"
         found = self.db.execute(
-            f"SELECT DISTINCT {text} AS name FROM {self.table} WHERE {good} AND name IS NOT NULL "
-            f"LIMIT {MAX_CLASSES + 1}"
+            f"SELECT DISTINCT {text} AS name FROM {self.table} WHERE name IS NOT NULL LIMIT {MAX_CLASSES + 1}"
         )
         names = sorted(name for (name,) in found.fetchall())
         numbers = [int(name) for name in names if name.isascii() and name.isdigit() and len(name) <= 18]
@@ -276,13 +306,13 @@ class _Columns:
         if numbers:
             self._require_numbers(min(numbers), max(numbers))
             classes = [str(label) for label in range(max(numbers) + 1)]
-            return classes, f"coalesce(TRY_CAST({text} AS INTEGER), -1)", self.table
+            return classes, f"TRY_CAST({text} AS INTEGER)", self.table
         self._require_numbers(0, len(names) - 1)
         self.db.register(
             "classes", pa.table({_CLASS: pa.array(names, pa.string()), _NUMBER: range(len(names))})
         )
         relation = f"(SELECT t.*, c.* FROM {self.table} t LEFT JOIN classes c ON {text} = c.{quoted(_CLASS)})"
-        return names, f"coalesce({quoted(_NUMBER)}, -1)::INTEGER", relation
+        return names, quoted(_NUMBER), relation
 
     def _require_numbers(self, low: int | None, high: int | None) -> None:
         """Raise UserError where class numbers are too many, or none."""

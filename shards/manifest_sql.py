@@ -42,19 +42,32 @@ def plan_name(name: str, names: list[str]) -> str:
     return name
 
 
-def problem_sql(path: str, key: str, size: str) -> str:
-    """SQL of why a row cannot be a sample, `reason: detail`; null where it can."""
+def good_sql(path: str, key: str, size: str | None) -> str:
+    """SQL of whether a row can be a sample: true or false, never null; 0.1 us a row."""
     schemes = "|".join(URL_SCHEMES)
+    parts = [
+        f"coalesce(strlen({path}) BETWEEN 1 AND {MAX_PATH_BYTES}, false)",
+        f"NOT contains({path}, chr(0))",
+        f"(NOT contains({path}, '://') OR regexp_matches({path}, '^({schemes})://[^/]'))",
+    ]
+    if key != path:
+        parts.append(f"coalesce(strlen({key}) BETWEEN 1 AND {MAX_PATH_BYTES}, false)")
+    if size is not None:
+        parts.append(f"coalesce({size} <= {MAX_SAMPLE_BYTES}, true)")
+    return " AND ".join(parts)
+
+
+def problem_sql(path: str, key: str, size: str | None) -> str:
+    """SQL of why a row is not good, `reason: detail`."""
     return (
-        f"CASE WHEN {path} IS NULL OR trim({path}) = '' THEN 'no path: the row names no file' "
+        f"CASE WHEN {path} IS NULL OR {path} = '' THEN 'no path: the row names no file' "
         f"WHEN strlen({path}) > {MAX_PATH_BYTES} THEN 'path too long: ' || strlen({path}) || ' bytes' "
-        f"WHEN contains({path}, '://') AND NOT regexp_matches({path}, '^({schemes})://[^/]') "
-        f"THEN 'scheme not allowed: ' || left(regexp_extract({path}, '^(.*?)://', 1), 40) "
         f"WHEN contains({path}, chr(0)) THEN 'no path: it holds a zero byte' "
+        f"WHEN contains({path}, '://') AND NOT regexp_matches({path}, '^({'|'.join(URL_SCHEMES)})://[^/]') "
+        f"THEN 'scheme not allowed: ' || left(regexp_extract({path}, '^(.*?)://', 1), 40) "
         f"WHEN {key} IS NULL OR {key} = '' THEN 'no key: the row has no name' "
         f"WHEN strlen({key}) > {MAX_PATH_BYTES} THEN 'key too long: ' || strlen({key}) || ' bytes' "
-        f"WHEN {size} > {MAX_SAMPLE_BYTES} "
-        f"THEN 'too many bytes: ' || {size} || ' exceeds {MAX_SAMPLE_BYTES}' END"
+        f"ELSE 'too many bytes: ' || {size or 'NULL'} || ' exceeds {MAX_SAMPLE_BYTES}' END"
     )
 
 
@@ -66,19 +79,22 @@ def split_problem(problem: str) -> tuple[str, str]:
 
 def container_sql(path: str, folders: list[str]) -> str:
     """SQL of a row's place in [URL_CONTAINER, "/", *folders]."""
-    inside = "2"
-    if len(folders) > 1:
-        listed = ", ".join(map(literal, folders))
-        inside = f"list_position([{listed}], regexp_replace({quoted(FILE_COLUMN)}, '/[^/]*$', '')) + 1"
     return (
         f"(CASE WHEN contains({path}, '://') THEN 0 WHEN starts_with({path}, '/') THEN 1 "
-        f"ELSE {inside} END)::INTEGER"
+        f"ELSE {_folder_sql(folders)} END)::INTEGER"
     )
+
+
+def _folder_sql(folders: list[str]) -> str:
+    if len(folders) == 1:
+        return "2"
+    listed = ", ".join(map(literal, folders))
+    return f"list_position([{listed}], regexp_replace({quoted(FILE_COLUMN)}, '/[^/]*$', '')) + 1"
 
 
 def path_sql(name: str) -> str:
     """SQL of a path relative to its container; a URL is whole."""
-    return f"encode(CASE WHEN starts_with({name}, '/') THEN {name}[2:] ELSE {name} END)"
+    return f"encode(CASE WHEN starts_with({name}, '/') THEN substr({name}, 2) ELSE {name} END)"
 
 
 def column_sql(sql: str, kind: str) -> str:
@@ -109,7 +125,11 @@ def _json_value(sql: str, kind: str) -> str:
         return f"CASE WHEN isfinite({sql}) THEN {sql} END"
     if kind.startswith(("FLOAT[", "DOUBLE[")) and kind.count("[") == 1:
         return f"list_transform({sql}, lambda x: CASE WHEN isfinite(x) THEN x END)"
-    return f"TRY_CAST({sql} AS JSON)" if _is_nested(kind) else sql
+    if _is_nested(kind):  # DuckDB writes both inside them, and reads them: such a value stays text
+        return (
+            f"CASE WHEN regexp_matches({sql}, 'NaN|Inf') THEN to_json({sql}) ELSE TRY_CAST({sql} AS JSON) END"
+        )
+    return sql
 
 
 def _is_nested(kind: str) -> bool:

@@ -30,6 +30,7 @@ from linerate.shards.plan_rows import (
     rows_path,
     settle,
     shard_bounds,
+    with_paths,
     write_plan_rows,
 )
 from linerate.shards.scan import (
@@ -82,7 +83,7 @@ class Plan:
     def load_rows(self, shard: int) -> Any:
         """Arrow table of this shard's rows (the scan's columns, then metadata), in order of sample_id."""
         with pq.ParquetFile(rows_path(self.folder, shard)) as file:
-            return file.read_row_group(shard % SHARDS_PER_FILE)
+            return with_paths(file.read_row_group(shard % SHARDS_PER_FILE))
 
 
 def load_options(folder: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class PlanQuery:
         ]
         query = f"SELECT {', '.join(parts)} FROM {self._listing.relation} WHERE {self._listing.good}"
         with self._where_errors():
-            *left, num_known, num_bytes = map(int, self._db.sql(query).fetchone())
+            *left, num_known, num_bytes = map(int, self._db.execute(query).fetchall()[0])
         filtered = {name: left[n] - left[n + 1] for n, name in enumerate(self._filters)}
         return Counts(filtered, left[-1], num_known, num_bytes)
 
@@ -153,7 +153,9 @@ class PlanQuery:
         """Arrow batches of the plan's columns and PLACE, in order of PLACE."""
         fields = self._listing.fields
         inner = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in fields.items())
-        names = [*SCAN_SCHEMA.names, *self._listing.metadata, PLACE]
+        known = {**fields, **self._listing.after}
+        names = [name for name in SCAN_SCHEMA.names if name in known]
+        names += [*self._listing.metadata, PLACE]
         outer = ", ".join(
             f"{self._listing.after[name]} AS {quoted(name)}" if name in self._listing.after else quoted(name)
             for name in names

@@ -110,10 +110,10 @@ def _finished(table: Any, same: Any, drop: Drop) -> Any:
 
 def _one_a_key(run: Any, drop: Drop) -> Any:
     """The rows of one place in order of key, the first of each key only."""
-    # Not sort_by: Arrow compares text as bytes too, but knows no order of equal rows.
-    columns = [run.column(name).to_pylist() for name in ("key", "path", "container", "offset", "extra_json")]
-    columns[4] = [extra or b"" for extra in columns[4]]
-    ranks = list(zip(*columns, strict=True))
+    # In Python: there are few, and the order of rows that differ in anything must not be left to chance.
+    names = [name for name in SCAN_SCHEMA.names if name in run.column_names]  # extra_json is the last
+    columns = [run.column(name).to_pylist() for name in names]
+    ranks = list(zip(*columns[:-1], [extra or b"" for extra in columns[-1]], strict=True))
     order = sorted(range(len(run)), key=ranks.__getitem__)
     kept: list[int] = []
     dropped: list[tuple[str, int, str, str]] = []
@@ -205,8 +205,7 @@ def _open_writer(path: Path, schema: Any) -> Any:
     return pq.ParquetWriter(
         path,
         schema,
-        compression="zstd",
-        compression_level=1,
+        compression="snappy",  # the plan is read once or twice; zstd costs 0.5 us a row more
         write_statistics=False,
         use_dictionary=[name for name in schema.names if name not in ("key", "path", "extra_json", "size")],
     )
@@ -228,10 +227,21 @@ def _cut(tables: Iterator[Any], counts: list[int]) -> Iterator[Any]:
         num_held = len(held[0])
 
 
+def with_paths(table: Any) -> Any:
+    """The rows with the column `path`, which is not stored where the keys are the paths."""
+    if "path" in table.column_names:
+        return table
+    keys = table.column("key")
+    # Relative to their container: `/` is one, and the only one under which keys begin with it.
+    paths = pc.if_else(pc.starts_with(keys, "/"), pc.utf8_slice_codeunits(keys, 1), keys)
+    return table.add_column(1, SCAN_SCHEMA.field("path"), paths.cast(pa.binary()))
+
+
 def plan_types(table: Any) -> Any:
     """The table with the plan's columns in their types and order; metadata behind them as it is."""
     others = [one for one in table.schema if one.name not in SCAN_SCHEMA.names]
-    schema = pa.schema([*SCAN_SCHEMA, *(pa.field(one.name, one.type) for one in others)])
+    own = [one for one in SCAN_SCHEMA if one.name in table.schema.names]
+    schema = pa.schema([*own, *(pa.field(one.name, one.type) for one in others)])
     return table.select(schema.names).cast(schema)
 
 
