@@ -259,6 +259,7 @@ class _Columns:
             f"SELECT count(*) FILTER (NOT ({good_sql(path, key, size)})), "
             f"count(*) FILTER (contains({path}, '://') OR starts_with({path}, '/')), "
             f"min({label}), max({label}) "
+            f"FROM {self.table}"
         ).fetchall()
         return _Survey(*found[0])
 
