@@ -67,6 +67,8 @@ class Catalog:
     """Samples that were given a place; the ones of them that were rejected leave a gap."""
     num_rejected: int
     """Rows of rejected.parquet: rejected places and files that got none."""
+    filtered: dict[str, int]
+    """Rows of the source that each filter left out, which are listed nowhere."""
     max_height: int
     max_width: int
     max_sample_bytes: int
@@ -99,6 +101,7 @@ class Catalog:
                 options=dict(header["options"]),
                 plan_id=str(header["plan_id"]),
                 class_names=tuple(header["class_names"]),
+                filtered=dict(header.get("filtered", {})),
                 files=files,
                 shard_sizes=sizes.astype(np.int64),
                 shard_bytes=size_bytes.astype(np.int64),

@@ -20,6 +20,7 @@ from linerate.shards import terminal
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.look_cli import main_beton, main_inspect, main_preview, main_verify
 from linerate.shards.options import PackOptions
+from linerate.shards.plan import DEFAULT_MEMORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,11 @@ class PackArgs(PackOptions):
     """
 
     paths: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
-    """SOURCE: a folder (class folders become labels), or one or several tars (of class folders, or
-    WebDataset). OUT: the folder of the shards; new, empty, or begun by the same command."""
+    """SOURCE: a folder (class folders become labels), one or several tars (of class folders, or
+    WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs). OUT: the
+    folder of the shards; new, empty, or begun by the same command."""
+    memory: str = DEFAULT_MEMORY
+    """What planning may take of the memory; the list of more images spills into OUT."""
     workers: int | None = None
     """Processes; by default one per core (none for little work). The bytes are the same for any number."""
     json: bool = False
@@ -61,11 +65,18 @@ def main_pack(argv: list[str]) -> int:
     options = PackOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PackOptions)})
     started = time.perf_counter()
     with PackProgress() as bars:
-        catalog = pack(sources, out, options=options, num_workers=args.workers, on_progress=bars.advance)
+        catalog = pack(
+            sources,
+            out,
+            options=options,
+            num_workers=args.workers,
+            memory=args.memory,
+            on_progress=bars.advance,
+        )
     seconds = time.perf_counter() - started
     overview = summarize(catalog)
     if args.json:
-        rates = {"seconds": seconds, "packed_now": bars.num_packed}
+        rates = {"seconds": seconds, "packed_now": bars.num_packed, "filtered": catalog.filtered}
         terminal.emit_json(overview.to_json() | rates)
         return 0
     table = Table(title=f"{out}", title_justify="left", show_header=False, box=None)
@@ -75,6 +86,9 @@ def main_pack(argv: list[str]) -> int:
     changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
     if changed:
         table.add_row("changed", _listed(changed).replace(" when packed", ""))
+    if catalog.filtered:
+        left_out = {f"by --{name}": count for name, count in catalog.filtered.items()}
+        table.add_row("left out", _listed(left_out))
     table.add_row("rejected", _listed(overview.rejects) or "none")
     if not options.baseline and any(reason.startswith("not a JPEG") for reason in overview.rejects):
         table.add_row("", "shards hold JPEGs: with --baseline other formats are converted")

@@ -10,6 +10,7 @@ from linerate.shards.errors import UserError
 
 Check = Literal["header", "decode", "dali"]
 Icc = Literal["drop", "srgb"]
+Dedup = Literal["key", "bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,66 @@ class Sizing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackOptions(ImagePolicy):
+class Selection:
+    """Which of the source's rows are packed. What is left out is counted by filter, not listed."""
+
+    where: str | None = None
+    """Keep rows for which this SQL condition holds: on a manifest's columns, else on key, size, label,
+    label_name, container and extra (a tar's .json)."""
+    hashtags: str | None = None
+    """Keep rows that carry one of the tags in this file, one a line; `#`, case and blanks do not count."""
+    dedup: Dedup | None = None
+    """Keep one row of each key; or also one image of each content, for which every image is read once more
+    before packing (the first by key stays, the others are listed as rejects)."""
+    sample: float | None = None
+    """Keep this share of the rows, drawn by a keyed hash: the same rows each time, and a larger share of the
+    same seed holds all of a smaller one."""
+    limit: int | None = None
+    """Keep at most this many rows: the first in shuffled order. It counts before --dedup bytes."""
+
+    def __post_init__(self) -> None:
+        if self.where is not None and not self.where.strip():
+            raise UserError('--where is empty; give an SQL condition, such as "size > 20000"')
+        if self.sample is not None and not 0 < self.sample <= 1:
+            raise UserError(f"--sample is {self.sample}; give a share above 0 and up to 1, such as 0.1")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit is {self.limit}, at least 1 is needed")
+
+    @property
+    def selection(self) -> Selection:
+        """These fields alone, where a subclass has more."""
+        return Selection(**{field.name: getattr(self, field.name) for field in fields(Selection)})
+
+    @property
+    def filters(self) -> bool:
+        """Are rows left out by what they say?"""
+        return any(value is not None for value in (self.where, self.hashtags, self.sample))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestColumns:
+    """What the columns of a manifest (Parquet, CSV, TSV, JSON lines) mean; the others are metadata."""
+
+    path_column: str | None = None
+    """Of a manifest: its column of paths or URLs; by default the one named path, file, file_name, filename,
+    image, image_path, url or uri."""
+    key_column: str | None = None
+    """Its column of unique names; by default the paths are."""
+    label_column: str | None = None
+    """Its column of class names or numbers; by default label, class, cls or target."""
+    size_column: str | None = None
+    """Its column of image bytes; by default size, bytes or file_size."""
+    tag_column: str | None = None
+    """Its column of hashtags for --hashtags, a list or text; by default hashtags or tags."""
+
+    @property
+    def manifest_columns(self) -> ManifestColumns:
+        """These fields alone, where a subclass has more."""
+        return ManifestColumns(**{field.name: getattr(self, field.name) for field in fields(ManifestColumns)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(ImagePolicy, ManifestColumns, Selection):
     """Everything that decides the bytes of the shards, apart from the source."""
 
     name: str = "shard"
@@ -112,7 +172,8 @@ class PackOptions(ImagePolicy):
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.name):
             raise UserError(f"--name {self.name!r} is not 1 to 64 letters, digits, - and _; such as `train`")
-        super().__post_init__()
+        ImagePolicy.__post_init__(self)
+        Selection.__post_init__(self)
         _ = self.sizing
 
     @property

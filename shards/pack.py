@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, write_catalog
+from linerate.shards.dedup import drop_equal_images
 from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import PackOptions
 from linerate.shards.out_folder import (
     WORK_NAME,
@@ -30,8 +32,15 @@ from linerate.shards.out_folder import (
     tidy_folder,
 )
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
-from linerate.shards.plan import REJECT_SCHEMA, REJECTS_NAME, Plan, load_options, make_plan
-from linerate.shards.sources import Source, open_source
+from linerate.shards.plan import (
+    DEFAULT_MEMORY,
+    REJECT_SCHEMA,
+    REJECTS_NAME,
+    Plan,
+    load_options,
+    make_plan,
+)
+from linerate.shards.sources import Source
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
@@ -44,28 +53,33 @@ def pack(
     *,
     options: PackOptions | None = None,
     num_workers: int | None = None,
+    memory: str = DEFAULT_MEMORY,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
 
-    source: a folder of images (class folders become labels), or one or several tars of one.
+    source: a folder of images (class folders become labels), one or several tars of one, or manifests.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
     changes a byte.
+    memory: that planning may take, such as `4GB`; a longer list spills into OUT.
     Raises UserError for what cannot work; nothing that `out` held before is touched then.
     """
     paths = [source] if isinstance(source, Path | str) else list(source)
+    options = options or PackOptions()
+    opened = open_any_source(paths, columns=options.manifest_columns)
     return pack_source(
-        open_source(paths), out, options=options, num_workers=num_workers, on_progress=on_progress
+        opened, out, options=options, num_workers=num_workers, memory=memory, on_progress=on_progress
     )
 
 
 def pack_source(
-    opened: Source,
+    opened: Source | ManifestSource,
     out: Path | str,
     *,
     options: PackOptions | None = None,
     num_workers: int | None = None,
+    memory: str = DEFAULT_MEMORY,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
@@ -74,7 +88,7 @@ def pack_source(
     made = claim_folder(out, sources=opened.containers)
     with lock_folder(out):
         try:
-            return _pack_locked(opened, out, options, num_workers, on_progress)
+            return _pack_locked(opened, out, options, num_workers, memory, on_progress)
         except _NothingKeptError as error:
             remove_marks(out, options.name)
             raise UserError(str(error)) from None
@@ -87,11 +101,16 @@ class _NothingKeptError(UserError):
 
 
 def _pack_locked(
-    source: Source, out: Path, options: PackOptions, num_workers: int | None, on_progress: Progress
+    source: Source | ManifestSource,
+    out: Path,
+    options: PackOptions,
+    num_workers: int | None,
+    memory: str,
+    on_progress: Progress,
 ) -> Catalog:
     remove_stale(out)
     _refuse_other_options(out, options)
-    plan = _plan(source, out, options, on_progress)
+    plan = _plan(source, out, options, num_workers, memory, on_progress)
     tasks = [
         ShardTask(
             plan_folder=os.fspath(plan.folder),
@@ -161,6 +180,7 @@ def finish(out: Path, plan: Plan, marks: list[ShardMark], options: PackOptions) 
         "max_width": max(mark.max_width for mark in kept),
         "max_sample_bytes": max(mark.max_sample_bytes for mark in kept),
         "options": dataclasses.asdict(options),
+        "filtered": plan.filtered,
         "class_names": plan.class_names,
     }
     write_catalog(out, header=header, shards=shards)
@@ -206,7 +226,14 @@ def _refuse_other_options(out: Path, options: PackOptions) -> None:
         )
 
 
-def _plan(source: Source, out: Path, options: PackOptions, on_progress: Progress) -> Plan:
+def _plan(
+    source: Source | ManifestSource,
+    out: Path,
+    options: PackOptions,
+    num_workers: int | None,
+    memory: str,
+    on_progress: Progress,
+) -> Plan:
     """A plan of the source as it is now; refused when it is not the one that OUT was begun with."""
     work = out / WORK_NAME
     before = _plan_before(out)
@@ -219,8 +246,14 @@ def _plan(source: Source, out: Path, options: PackOptions, on_progress: Progress
         seed=options.seed,
         sizing=options.sizing,
         options=dataclasses.asdict(options),
+        selection=options.selection,
+        memory=memory,
         on_rows=lambda rows: on_progress("list", rows),
     )
+    if options.dedup == "bytes":
+        plan = drop_equal_images(
+            plan, work / "hashes", sizing=options.sizing, num_workers=num_workers, memory=memory
+        )
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "

@@ -22,6 +22,7 @@ from linerate.shards.image_policy import Judge, make_judge
 from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
+from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.tar_writer import TarWriter
 
 INDEX_SCHEMA = pa.schema(
@@ -302,7 +303,11 @@ def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
         "xxh3_64": pa.array(columns.xxh3_64, pa.uint64()),
         "flags": pa.array(columns.flags, pa.int32()),
     }
-    return pa.table([arrays[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA).combine_chunks()
+    index = pa.table([arrays[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
+    metadata = [name for name in rows.column_names if name not in SCAN_SCHEMA.names]
+    for name, column in zip(metadata, rows.select(metadata).take(pa.array(taken)).columns, strict=True):
+        index = index.append_column(name, column)
+    return index.combine_chunks()
 
 
 def _temp_name(task: ShardTask, suffix: str) -> Path:

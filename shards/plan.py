@@ -2,73 +2,75 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
-import itertools
 import json
-import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from linerate.shards.errors import UserError
-from linerate.shards.options import Sizing
-from linerate.shards.sources import Source, SourceReject, SourceRow
+from linerate.shards.manifest import MANIFEST_NAME, ManifestSource
+from linerate.shards.options import ManifestColumns, Selection, Sizing
+from linerate.shards.plan_rows import (
+    DUPLICATE_KEY,
+    PLACE,
+    SHARDS_PER_FILE,
+    Counts,
+    first_rows,
+    load_plan_rows,
+    rows_path,
+    settle,
+    shard_bounds,
+    with_paths,
+    write_plan_rows,
+)
+from linerate.shards.scan import (
+    REJECT_SCHEMA,
+    REJECTS_NAME,
+    SCAN_NAME,
+    Listing,
+    RejectWriter,
+    scan_rows,
+    with_final_labels,
+)
+from linerate.shards.sources import Source
 
-PLAN_NAME = "plan.parquet"
+__all__ = ["REJECTS_NAME", "REJECT_SCHEMA", "Plan", "load_options", "make_plan", "shard_bounds"]
+
 HEADER_NAME = "plan.json"
-REJECTS_NAME = "source_rejects.parquet"
-BATCH_ROWS = 65_536
+DEFAULT_MEMORY = "4GB"
 # Up to so many samples Python sorts them before DuckDB has started, into the same order.
 SORTED_HERE = 100_000
-
-_SCAN_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("path", pa.binary()),
-        ("container", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("label", pa.int32()),
-        ("extra_json", pa.binary()),
-    ]
-)
-REJECT_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.int64()),  # null where the sample was given no place
-        ("key", pa.string()),
-        ("size", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
-
-
-def shard_bounds(samples: int, num_shards: int) -> list[int]:
-    """num_shards + 1 places: shard s holds the planned samples [bounds[s], bounds[s + 1])."""
-    return [shard * samples // num_shards for shard in range(num_shards + 1)]
+# Options that plans made before they existed had not; without a value they leave the plan's id as it was.
+_LATER_OPTIONS = frozenset([*Selection.__dataclass_fields__, *ManifestColumns.__dataclass_fields__])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stored plan: row group s of plan.parquet is the task list of shard s, in order of sample_id."""
+    """A stored plan: a row group for each shard, its task list in order of sample_id."""
 
     folder: Path
     plan_id: str
     num_samples: int
     total_bytes: int
+    """Of all images; where some sizes are not known yet, an estimate."""
     num_shards: int
     num_source_rejects: int
     class_names: list[str]
     containers: list[str]
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Rows that each filter left out."""
+    own_keys: bool = False
+    """Are keys something else than the paths?"""
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -79,9 +81,9 @@ class Plan:
         return shard * self.num_samples // self.num_shards
 
     def load_rows(self, shard: int) -> Any:
-        """Arrow table of this shard's rows (the scan's columns), in order of sample_id."""
-        with pq.ParquetFile(self.folder / PLAN_NAME) as file:
-            return file.read_row_group(shard)
+        """Arrow table of this shard's rows (the scan's columns, then metadata), in order of sample_id."""
+        with pq.ParquetFile(rows_path(self.folder, shard)) as file:
+            return with_paths(file.read_row_group(shard % SHARDS_PER_FILE))
 
 
 def load_options(folder: Path) -> dict[str, Any]:
@@ -90,46 +92,214 @@ def load_options(folder: Path) -> dict[str, Any]:
 
 
 def make_plan(
-    source: Source,
+    source: Source | ManifestSource,
     folder: Path,
     *,
     seed: int,
     sizing: Sizing,
     options: dict[str, Any],
+    selection: Selection | None = None,
+    memory: str = DEFAULT_MEMORY,
     on_rows: Callable[[float], None] = lambda rows: None,
 ) -> Plan:
-    """List the source, shuffle it globally, cut it into shards and store that in `folder`.
+    """List the source, select, shuffle globally, cut into shards and store that in `folder`.
 
-    The order is that of md5(seed, key), which is the same on any machine for all time. Memory stays
-    bounded: the list goes through Parquet, and DuckDB's sort of a long one spills into the folder.
-    Raises UserError when the source holds nothing that could be an image.
+    The order is that of md5(seed, key), which is the same on any machine for all time. Memory stays below
+    `memory`: the list goes through Parquet, and DuckDB's sort of a long one spills into the folder.
+    A key that occurs twice is a reject, or with --dedup counted as one left out. Raises UserError when
+    nothing is left that could be an image.
     """
-    scan = _scan(source, folder, on_rows=on_rows)
-    if not scan.num_samples:
-        raise UserError(_nothing_found(source, scan))
-    num_shards = sizing.num_shards(samples=scan.num_samples, total_bytes=scan.total_bytes)
-    digest = xxhash.xxh3_128(json.dumps([options, scan.class_names, num_shards]).encode())
-    bounds = shard_bounds(scan.num_samples, num_shards)
-    temp = folder / f".{PLAN_NAME}.tmp"
-    with pq.ParquetWriter(temp, _SCAN_SCHEMA, compression="zstd", compression_level=1) as writer:
-        for shard in _cut(
-            _shuffled(folder, num_samples=scan.num_samples, seed=seed),
-            [b - a for a, b in itertools.pairwise(bounds)],
-        ):
-            shard = _with_labels(shard, scan.label_of)
-            writer.write_table(shard, row_group_size=len(shard))
-            _digest_rows(digest, shard)
-    temp.replace(folder / PLAN_NAME)
-    (folder / _SCAN_NAME).unlink()
+    selection = selection or Selection()
+    duplicates = 0
+    with contextlib.ExitStack() as stack:
+        rejects = stack.enter_context(RejectWriter(folder, Counter()))
+        listing, counts, batches = _open_sorted(
+            source,
+            folder,
+            stack,
+            seed=seed,
+            selection=selection,
+            memory=memory,
+            rejects=rejects,
+            on_rows=on_rows,
+        )
+        if not counts.num_rows:
+            raise UserError(_nothing_found(listing, counts.filtered))
+
+        def drop(rows: list[tuple[str, int, str, str]]) -> None:
+            nonlocal duplicates
+            if selection.dedup is None or rows[0][2] != DUPLICATE_KEY:
+                rejects.add(rows)
+            else:
+                duplicates += len(rows)
+
+        expected = counts.first(selection.limit)
+        facts = _Facts(
+            class_names=listing.class_names,
+            containers=listing.containers,
+            filtered=dict(counts.filtered),
+            own_keys=listing.own_keys,
+        )
+        tables = first_rows(settle(batches, drop=drop), selection.limit)
+        written = _write_cut(tables, folder, expected=expected, facts=facts, sizing=sizing, options=options)
+    if not written.counts.num_rows:
+        raise UserError(_nothing_found(listing, counts.filtered))
+    if selection.dedup is not None:
+        facts.filtered["dedup"] = duplicates
+    if selection.limit is not None:
+        facts.filtered["limit"] = counts.num_rows - duplicates - written.counts.num_rows
+    facts.num_source_rejects = sum(listing.reasons.values())
+    for name in (SCAN_NAME, MANIFEST_NAME):
+        (folder / name).unlink(missing_ok=True)
+    return _write_header(folder, written, facts, options)
+
+
+def make_plan_without(
+    plan: Plan, sample_ids: Iterator[Any], *, rejects: Iterator[Any], sizing: Sizing
+) -> Plan:
+    """The same plan less some of its rows, in the plan's folder.
+
+    sample_ids: ascending, as int64 arrays; rejects: tables of REJECT_SCHEMA that say why.
+    """
+    folder, options = plan.folder, load_options(plan.folder)
+    facts = _Facts(
+        class_names=plan.class_names,
+        containers=plan.containers,
+        filtered=dict(plan.filtered),
+        own_keys=plan.own_keys,
+        num_source_rejects=plan.num_source_rejects,
+    )
+    kept = _without(load_plan_rows(folder), sample_ids)
+    expected = Counts({}, plan.num_samples, plan.num_samples, plan.total_bytes)
+    written = _write_cut(kept, folder, expected=expected, facts=facts, sizing=sizing, options=options)
+    temp = folder / f".{REJECTS_NAME}.tmp"
+    with (
+        pq.ParquetFile(folder / REJECTS_NAME) as before,
+        pq.ParquetWriter(temp, REJECT_SCHEMA, compression="zstd") as writer,
+    ):
+        for batch in before.iter_batches():
+            writer.write_batch(batch)
+        for table in rejects:
+            writer.write_table(table)
+            facts.num_source_rejects += len(table)
+    temp.replace(folder / REJECTS_NAME)
+    return _write_header(folder, written, facts, options)
+
+
+@dataclass(kw_only=True)
+class _Facts:
+    """What a plan's header says of its source."""
+
+    class_names: list[str]
+    containers: list[str]
+    filtered: dict[str, int]
+    own_keys: bool
+    num_source_rejects: int = 0
+
+
+@dataclass(frozen=True)
+class _Written:
+    counts: Counts
+    num_shards: int
+    plan_id: str
+
+
+def _open_sorted(
+    source: Source | ManifestSource,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    *,
+    seed: int,
+    selection: Selection,
+    memory: str,
+    rejects: RejectWriter,
+    on_rows: Callable[[float], None],
+) -> tuple[Listing, Counts, Iterator[Any]]:
+    """The source's list, how much of it the selection leaves, and that in order of PLACE."""
+    classes: Any = None
+    if not isinstance(source, ManifestSource):
+        listing, classes = scan_rows(source, folder, rejects, on_rows=on_rows)
+        counts = Counts({}, listing.num_rows or 0, listing.num_known, listing.known_bytes)
+        if counts.num_rows <= SORTED_HERE and not selection.filters:
+            return listing, counts, _sorted_here(folder, classes, seed=seed)
+    # Here, because every packing process loads plans and none but the first makes one.
+    from linerate.shards.plan_query import PlanQuery, open_database, open_scan
+
+    db = stack.enter_context(open_database(folder, memory=memory))
+    if isinstance(source, ManifestSource):
+        listing = source.open_listing(db, folder, rejects)
+    else:
+        open_scan(db, folder, listing, classes)
+    query = PlanQuery(db, listing, selection, seed=seed)
+    if isinstance(source, ManifestSource) or selection.filters:
+        counts = query.count()
+        on_rows(counts.num_rows)
+    return listing, counts, query.sorted_batches()
+
+
+def _sorted_here(folder: Path, classes: Any, *, seed: int) -> Iterator[Any]:
+    table = with_final_labels(pq.read_table(folder / SCAN_NAME), classes)
+    prefix = f"{seed}:".encode()
+    # What md5_number_lower means in DuckDB: the last 8 bytes, the least significant one first.
+    places = np.array(
+        [
+            int.from_bytes(hashlib.md5(prefix + key.encode()).digest()[8:], "little")
+            for key in table.column("key").to_pylist()
+        ],
+        np.uint64,
+    )
+    order = np.argsort(places, kind="stable")
+    yield from table.append_column(PLACE, pa.array(places)).take(pa.array(order)).to_batches()
+
+
+def _write_cut(
+    tables: Iterator[Any],
+    folder: Path,
+    *,
+    expected: Counts,
+    facts: _Facts,
+    sizing: Sizing,
+    options: dict[str, Any],
+) -> _Written:
+    """Write the rows as shards of equal counts. Where fewer come than expected, they are cut once more."""
+    while True:
+        num_bytes = expected.estimated_bytes
+        num_shards = sizing.num_shards(samples=expected.num_rows, total_bytes=num_bytes)
+        digest = xxhash.xxh3_128(json.dumps([_digested(options), facts.class_names, num_shards]).encode())
+        temp = folder / "cut"
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        found = write_plan_rows(
+            tables,
+            temp,
+            bounds=shard_bounds(expected.num_rows, num_shards),
+            digest=digest,
+            digest_paths=facts.own_keys,
+        )
+        for old in folder.glob("plan*.parquet"):
+            old.unlink()
+        for path in temp.iterdir():
+            path.replace(folder / path.name)
+        temp.rmdir()
+        counts = Counts(expected.filtered, *found)
+        right = sizing.num_shards(samples=counts.num_rows, total_bytes=counts.estimated_bytes)
+        if not counts.num_rows or (counts.num_rows, right) == (expected.num_rows, num_shards):
+            return _Written(counts, num_shards, digest.hexdigest())
+        tables, expected = load_plan_rows(folder), counts
+
+
+def _digested(options: dict[str, Any]) -> dict[str, Any]:
+    return {n: value for n, value in options.items() if value is not None or n not in _LATER_OPTIONS}
+
+
+def _write_header(folder: Path, written: _Written, facts: _Facts, options: dict[str, Any]) -> Plan:
     plan = Plan(
         folder=folder,
-        plan_id=digest.hexdigest(),
-        num_samples=scan.num_samples,
-        total_bytes=scan.total_bytes,
-        num_shards=num_shards,
-        num_source_rejects=sum(scan.reasons.values()),
-        class_names=scan.class_names,
-        containers=[os.fspath(path.absolute()) for path in source.containers],
+        plan_id=written.plan_id,
+        num_samples=written.counts.num_rows,
+        total_bytes=written.counts.estimated_bytes,
+        num_shards=written.num_shards,
+        **vars(facts),
     )
     document = {"options": options, "plan": {k: v for k, v in vars(plan).items() if k != "folder"}}
     temp = folder / f".{HEADER_NAME}.tmp"
@@ -138,146 +308,25 @@ def make_plan(
     return plan
 
 
-@dataclass
-class _Scan:
-    num_samples: int = 0
-    total_bytes: int = 0
-    class_names: list[str] = dataclasses.field(default_factory=list)
-    label_of: Any = None  # provisional class number -> final one; None where the numbers are final
-    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+def _without(tables: Iterator[Any], sample_ids: Iterator[Any]) -> Iterator[Any]:
+    """The tables' rows less those with these places in their sequence."""
+    first = 0
+    ids = np.empty(0, np.int64)
+    for table in tables:
+        end = first + len(table)
+        while (not len(ids) or ids[-1] < end) and (more := next(sample_ids, None)) is not None:
+            ids = np.concatenate([ids, more])
+        here, ids = np.split(ids, [np.searchsorted(ids, end)])
+        keep = np.ones(len(table), bool)
+        keep[here - first] = False
+        yield table.filter(pa.array(keep))
+        first = end
 
 
-_SCAN_NAME = "scan.parquet"
-
-
-def _scan(source: Source, folder: Path, *, on_rows: Callable[[float], None]) -> _Scan:
-    """Write scan.parquet and source_rejects.parquet."""
-    scan = _Scan()
-    found: dict[str, int] = {}  # class name -> provisional number, in order of appearance
-    highest = -1
-    with (
-        pq.ParquetWriter(
-            folder / _SCAN_NAME, _SCAN_SCHEMA, compression="zstd", compression_level=1
-        ) as writer,
-        pq.ParquetWriter(folder / REJECTS_NAME, REJECT_SCHEMA) as reject_writer,
-    ):
-        rows: list[tuple[Any, ...]] = []
-        rejects: list[tuple[Any, ...]] = []
-        for item in source.rows():
-            if isinstance(item, SourceReject):
-                scan.reasons[f"{item.reason} ({item.detail})"] += 1
-                rejects.append((None, item.key, item.size, item.reason, item.detail))
-                _write_full(reject_writer, REJECT_SCHEMA, rejects)
-                continue
-            scan.num_samples += 1
-            scan.total_bytes += item.size
-            highest = max(highest, item.label)
-            rows.append(_scan_row(item, found))
-            if _write_full(writer, _SCAN_SCHEMA, rows):
-                on_rows(BATCH_ROWS)
-        _write(writer, _SCAN_SCHEMA, rows)
-        _write(reject_writer, REJECT_SCHEMA, rejects)
-        on_rows(len(rows))
-    if found and highest >= 0:
-        raise UserError(
-            f"the source labels some samples by number (up to {highest}) and others by name "
-            f"({', '.join(sorted(found)[:3])}); pack the two apart"
-        )
-    scan.class_names = sorted(found) if found else [str(label) for label in range(highest + 1)]
-    if found:
-        final = {name: number for number, name in enumerate(scan.class_names)}
-        scan.label_of = np.array([final[name] for name in found] + [-1], np.int32)
-    return scan
-
-
-def _scan_row(row: SourceRow, found: dict[str, int]) -> tuple[Any, ...]:
-    label = row.label
-    if row.label_name is not None:
-        label = found.setdefault(row.label_name, len(found))
-    return row.key, row.path, row.container, row.offset, row.size, label, row.extra_json
-
-
-def _write_full(writer: Any, schema: Any, rows: list[tuple[Any, ...]]) -> bool:
-    if len(rows) < BATCH_ROWS:
-        return False
-    _write(writer, schema, rows)
-    rows.clear()
-    return True
-
-
-def _write(writer: Any, schema: Any, rows: list[tuple[Any, ...]]) -> None:
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-
-
-def _shuffled(folder: Path, *, num_samples: int, seed: int) -> Iterator[Any]:
-    """Arrow batches of the scan in order of the keyed hash."""
-    if num_samples <= SORTED_HERE:
-        return _shuffled_here(folder, seed=seed)
-    return _shuffled_by_duckdb(folder, seed=seed)
-
-
-def _shuffled_here(folder: Path, *, seed: int) -> Iterator[Any]:
-    table = pq.read_table(folder / _SCAN_NAME)
-    keys, paths = (table.column(name).to_pylist() for name in ("key", "path"))
-    prefix = f"{seed}:".encode()
-    # What md5_number_lower means in DuckDB: the last 8 bytes, the least significant one first.
-    places = [int.from_bytes(hashlib.md5(prefix + key.encode()).digest()[8:], "little") for key in keys]
-    order = sorted(range(len(keys)), key=lambda row: (places[row], keys[row], paths[row]))
-    yield from table.take(pa.array(order, pa.int64())).to_batches()
-
-
-def _shuffled_by_duckdb(folder: Path, *, seed: int) -> Iterator[Any]:
-    import duckdb  # here, because every packing process loads plans and none but the first makes one
-
-    with duckdb.connect(config={"temp_directory": os.fspath(folder / "spill")}) as db:
-        db.execute("SET enable_progress_bar = false")
-        shuffled: Any = db.sql(
-            "SELECT * FROM read_parquet($file) ORDER BY md5_number_lower(concat($seed, ':', key)), key, path",
-            params={"file": os.fspath(folder / _SCAN_NAME), "seed": str(seed)},
-        )
-        # The name of the same method differs between DuckDB 1 and 2.
-        reader = getattr(shuffled, "to_arrow_reader", None) or shuffled.fetch_arrow_reader
-        yield from reader(BATCH_ROWS)
-
-
-def _cut(batches: Iterator[Any], counts: list[int]) -> Iterator[Any]:
-    """Tables of these many rows each from a stream of batches."""
-    held: list[Any] = []
-    num_held = 0
-    for count in counts:
-        while num_held < count:
-            held.append(next(batches))
-            num_held += held[-1].num_rows
-        table = pa.Table.from_batches(held, held[0].schema)
-        yield table.slice(0, count).cast(_SCAN_SCHEMA)
-        held = table.slice(count).to_batches()
-        num_held -= count
-
-
-def _with_labels(table: Any, label_of: Any) -> Any:
-    if label_of is None:
-        return table
-    labels = label_of[table.column("label").to_numpy()]
-    return table.set_column(
-        table.schema.get_field_index("label"), _SCAN_SCHEMA.field("label"), pa.array(labels)
-    )
-
-
-def _digest_rows(digest: Any, table: Any) -> None:
-    for name in ("container", "offset", "size", "label"):
-        digest.update(np.ascontiguousarray(table.column(name).to_numpy()))
-    for name in ("key", "extra_json"):
-        values = table.column(name).cast(pa.binary())
-        # The lengths keep neighbours apart; -1 tells what is missing from what is empty.
-        digest.update(np.ascontiguousarray(pc.fill_null(pc.binary_length(values), -1).to_numpy()))
-        digest.update(b"".join(pc.drop_null(values).to_pylist()))
-
-
-def _nothing_found(source: Source, scan: _Scan) -> str:
-    where = ", ".join(os.fspath(path) for path in source.containers[:3])
-    if not scan.reasons:
-        return f"the source {where} holds no files; give a folder of images or a tar of one"
-    seen = "; ".join(f"{count} {reason}" for reason, count in scan.reasons.most_common(4))
-    return f"the source {where} holds no images: {seen}"
+def _nothing_found(listing: Listing, filtered: dict[str, int]) -> str:
+    where = listing.where_from
+    left_out = [f"{count} left out by --{name}" for name, count in filtered.items() if count]
+    seen = [f"{count} {reason}" for reason, count in listing.reasons.most_common(4)] + left_out
+    if not seen:
+        return f"the source {where} holds no files; give a folder of images, a tar of one, or a manifest"
+    return f"the source {where} holds no images{' that are wanted' if left_out else ''}: {'; '.join(seen)}"

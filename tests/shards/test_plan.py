@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linerate.shards import plan as plan_module
+from linerate.shards import plan_query, scan
 from linerate.shards.errors import UserError
 from linerate.shards.options import PackOptions, Sizing
 from linerate.shards.plan import Plan, load_options, make_plan, shard_bounds
@@ -125,7 +126,8 @@ def test_names_and_numbers_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_more_rows_than_a_batch_come_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(scan, "BATCH_ROWS", 7)
+    monkeypatch.setattr(plan_query, "STREAM_ROWS", 7)
     monkeypatch.setattr(plan_module, "SORTED_HERE", 0)
     seen: list[float] = []
     items: list[Any] = [row(f"k{i}") for i in range(30)]

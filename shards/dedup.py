@@ -1,0 +1,166 @@
+"""One image of each content: every planned image is read once and hashed, and of equal ones the first stays.
+
+What it costs: the whole source is read once more before packing (over the network: fetched once more), at
+the speed of the reader, in as many processes as packing uses. The hashes, 24 bytes an image beside its key,
+lie in OUT/.pack until the shards are done, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
+from linerate.shards.errors import UserError
+from linerate.shards.fetch import SampleReader
+from linerate.shards.inspect_image import RejectedError
+from linerate.shards.options import Sizing
+from linerate.shards.plan import Plan, make_plan_without
+from linerate.shards.scan import REJECT_SCHEMA
+
+_PLAN_KEY = b"linerate plan"
+_REPORT_EVERY = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashTask:
+    """The images of one planned shard; picklable and small."""
+
+    plan_folder: str
+    shard: int
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        """The file of hashes."""
+        return Path(self.folder) / f"{self.shard:06d}.parquet"
+
+
+def drop_equal_images(
+    plan: Plan,
+    folder: Path,
+    *,
+    sizing: Sizing,
+    num_workers: int | None,
+    memory: str,
+    on_progress: Callable[[int], None] = lambda images: None,
+) -> Plan:
+    """The plan less images whose bytes another has; each is a reject, `duplicate of KEY`.
+
+    Of equal images the first by key stays. folder: for the hashes; those of this very plan are used again.
+    Raises UserError where the source as a whole cannot be read.
+    """
+    folder.mkdir(exist_ok=True)
+    tasks = [
+        HashTask(plan_folder=os.fspath(plan.folder), shard=shard, folder=os.fspath(folder))
+        for shard in range(plan.num_shards)
+    ]
+    todo = [task for task in tasks if not _is_done(task, plan.plan_id)]
+    try:
+        failures = run_tasks(
+            "linerate.shards.dedup:run_hash_task",
+            todo,
+            num_workers=choose_num_workers(num_workers, num_bytes=plan.total_bytes, may_crash=False),
+            on_done=lambda index, result: None,
+            on_progress=on_progress,
+        )
+    except StoppedError as stop:
+        raise UserError(
+            f"{stop.failure.text}; the same command again continues once that is mended"
+        ) from None
+    if failures:
+        failure = next(iter(failures.values()))
+        raise UserError(
+            f"the images of {len(failures)} of {len(tasks)} planned shards could not be hashed in three "
+            f"attempts ({failure.kind}: {failure.text}); the same command again tries them once more"
+        )
+    return _drop(plan, folder, tasks, sizing=sizing, memory=memory)
+
+
+def run_hash_task(task: HashTask, report: Callable[[int], None]) -> Callable[[], None]:
+    """Hash the images of one planned shard into its file."""
+    plan = Plan.load(Path(task.plan_folder))
+    rows = plan.load_rows(task.shard)
+    first = plan.first_sample_id(task.shard)
+    sizes: list[int] = rows.column("size").to_pylist()
+    hashes: list[bytes | None] = []
+    with SampleReader(rows, plan.containers) as reader:
+        for row, size in enumerate(sizes):
+            if row % _REPORT_EVERY == 0 and row:
+                report(_REPORT_EVERY)
+            try:
+                hashes.append(xxhash.xxh3_128_digest(_read(reader, size)))
+            except RejectedError:
+                hashes.append(None)
+    report((len(sizes) - 1) % _REPORT_EVERY + 1)
+    table = pa.table(
+        {
+            "sample_id": pa.array(range(first, first + len(sizes)), pa.int64()),
+            "key": rows.column("key"),
+            "size": rows.column("size"),
+            # Null where the image cannot be read: packing will say why.
+            "xxh3_128": pa.array(hashes, pa.binary()),
+        }
+    )
+    table = table.replace_schema_metadata({_PLAN_KEY: plan.plan_id})
+    return functools.partial(_write, table, task.path)
+
+
+def _read(reader: SampleReader, size: int) -> memoryview:
+    room = memoryview(bytearray(size + 1))
+    reader.read_next(room)
+    return room[:size]
+
+
+def _write(table: Any, path: Path) -> None:
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temp, compression="zstd")
+    temp.replace(path)
+
+
+def _is_done(task: HashTask, plan_id: str) -> bool:
+    try:
+        return bool((pq.read_schema(task.path).metadata or {}).get(_PLAN_KEY) == plan_id.encode())
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _drop(plan: Plan, folder: Path, tasks: list[HashTask], *, sizing: Sizing, memory: str) -> Plan:
+    from linerate.shards.plan_query import open_database
+
+    with open_database(folder, memory=memory) as db:
+        listed = ", ".join(f"'{os.fspath(task.path).replace(chr(39), chr(39) * 2)}'" for task in tasks)
+        db.execute(
+            f"""CREATE TABLE dropped AS SELECT sample_id, key, size, first_key FROM (
+                SELECT sample_id, key, size, first_value(key) OVER same AS first_key
+                FROM read_parquet([{listed}]) WHERE xxh3_128 IS NOT NULL
+                WINDOW same AS (PARTITION BY xxh3_128 ORDER BY key)
+            ) WHERE key != first_key"""
+        )
+        ids = _batches(db, "SELECT sample_id FROM dropped ORDER BY sample_id")
+        rejects = _batches(
+            db,
+            "SELECT NULL::BIGINT AS sample_id, key, size, 'duplicate' AS reason, "
+            "'of ' || first_key AS detail FROM dropped ORDER BY key",
+        )
+        return make_plan_without(
+            plan,
+            (batch.column("sample_id").to_numpy() for batch in ids),
+            rejects=(pa.Table.from_batches([batch]).cast(REJECT_SCHEMA) for batch in rejects),
+            sizing=sizing,
+        )
+
+
+def _batches(db: Any, query: str) -> Iterator[Any]:
+    # A cursor of its own: two results are read side by side.
+    found = db.cursor().sql(query)
+    reader = getattr(found, "to_arrow_reader", None) or found.fetch_arrow_reader
+    yield from reader(65_536)
