@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -82,14 +82,25 @@ class InspectArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewArgs:
-    """Draw a contact sheet of random samples with their labels."""
+    """Draw a contact sheet of random samples, or write a page of thumbnails by class, hashtag, shard or size.
+
+    The page is one HTML file that loads nothing; what was rejected stands at its end, with the reasons.
+    """
 
     shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder of the shards."""
-    out: Path
+    out: Path | None = None
     """The picture to write, such as sheet.png."""
+    html: Path | None = None
+    """The page to write, such as page.html."""
     num: int = 48
-    """How many samples."""
+    """Of --out: how many samples."""
+    by: Literal["class", "hashtag", "shard", "size"] = "class"
+    """Of --html: what the samples are grouped by."""
+    groups: int = 50
+    """Of --html: at most so many groups, of classes and hashtags the most frequent."""
+    per: int = 12
+    """Of --html: at most so many samples in a group."""
     seed: int = 0
     """Another seed shows other samples."""
     json: bool = False
@@ -192,18 +203,52 @@ def _answer(catalog: Catalog, query: str, args: InspectArgs) -> int:
 def main_preview(argv: list[str]) -> int:
     args = terminal.parse_args(PreviewArgs, argv, prog="linerate shard preview")
     from linerate.shards.catalog import Catalog
+
+    if args.out is None and args.html is None:
+        raise UserError("nothing to write: give --out sheet.png, --html page.html, or both")
+    catalog = Catalog.load(args.shards)
+    sheet = _write_sheet(catalog, args.out, args) if args.out else {}
+    page = _write_page(catalog, args.html, args) if args.html else None
+    if args.json:
+        terminal.emit_json({**sheet, **({"html": page} if page else {})})
+    return 0
+
+
+def _write_sheet(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any]:
     from linerate.shards.preview import write_contact_sheet
 
-    catalog = Catalog.load(args.shards)
-    path = write_contact_sheet(catalog, args.out, num=args.num, seed=args.seed)
+    path = write_contact_sheet(catalog, out, num=args.num, seed=args.seed)
     shown = min(args.num, catalog.num_samples)
-    if args.json:
-        terminal.emit_json({"out": str(path), "num": shown})
-    else:
+    if not args.json:
         Console().print(
             f"{path}: {shown} of {catalog.num_samples:,} samples", highlight=False, soft_wrap=True
         )
-    return 0
+    return {"out": str(path), "num": shown}
+
+
+def _write_page(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any]:
+    from linerate.shards.gallery import write_gallery
+
+    with terminal.progress("drawing", total=None, unit="images") as advance:
+        report = write_gallery(
+            catalog,
+            out,
+            by=args.by,
+            per_group=args.per,
+            num_groups=args.groups,
+            seed=args.seed,
+            on_cells=advance,
+        )
+    if not args.json:
+        broken = f", {report.num_broken} of them do not decode" if report.num_broken else ""
+        Console().print(
+            f"{report.out}: {report.num:,} images in {len(report.groups)} of {report.num_groups:,} groups"
+            f"{broken}, {show_bytes(report.num_bytes)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    return dataclasses.asdict(report)
 
 
 def main_beton(argv: list[str]) -> int:
