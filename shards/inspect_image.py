@@ -158,7 +158,7 @@ def _decode_by_pillow(data: Buffer) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
                 image.load()
     except Exception as error:  # Pillow raises OSError, TypeError, ValueError and more on broken files
         raise RejectedError("does not decode", one_line(error)) from None

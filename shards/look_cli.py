@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional
 
 from linerate.shards import terminal
-from linerate.shards.errors import show_bytes
+from linerate.shards.errors import UserError, show_bytes
 
 if TYPE_CHECKING:
+    from linerate.shards.catalog import Catalog
     from linerate.shards.repair import RepairReport
+
+SHOWN_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +48,59 @@ class VerifyArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectArgs:
-    """Show what the shards hold: totals, size histogram, formats, classes, what was rejected and why."""
+    """Show what the shards hold: totals, sizes, formats, classes, hashtags, what was rejected and why.
+
+    With --sql, the answer to a SELECT over `samples` (a row for each, with shard, position and class_name),
+    `shards` and `rejected`; DESCRIBE samples names the columns. Nothing else can be read, nothing written.
+    """
 
     shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder of the shards."""
     classes: int = 10
-    """How many of the largest classes to list."""
+    """How many of the largest and of the smallest classes to list."""
+    sql: str | None = None
+    """A SELECT, such as "SELECT class_name, avg(size) FROM samples GROUP BY ALL ORDER BY 2"."""
+    rows: int | None = None
+    """Of --sql: at most so many rows; by default 40, all with --json and --csv."""
+    csv: bool = False
+    """Of --sql: print CSV."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.sql is None and (self.csv or self.rows is not None):
+            raise UserError(
+                "--csv and --rows are of the answer to --sql; give a SELECT there, or leave them out"
+            )
+        if self.csv and self.json:
+            raise UserError("--csv and --json are two forms of one answer; give one of them")
+        for name in ("classes", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}, at least 1 is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewArgs:
-    """Draw a contact sheet of random samples with their labels."""
+    """Draw a contact sheet of random samples, or write a page of thumbnails by class, hashtag, shard or size.
+
+    The page is one HTML file that loads nothing; what was rejected stands at its end, with the reasons.
+    """
 
     shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder of the shards."""
-    out: Path
+    out: Path | None = None
     """The picture to write, such as sheet.png."""
+    html: Path | None = None
+    """The page to write, such as page.html."""
     num: int = 48
-    """How many samples."""
+    """Of --out: how many samples."""
+    by: Literal["class", "hashtag", "shard", "size"] = "class"
+    """Of --html: what the samples are grouped by."""
+    groups: int = 50
+    """Of --html: at most so many groups, of classes and hashtags the most frequent."""
+    per: int = 12
+    """Of --html: at most so many samples in a group."""
     seed: int = 0
     """Another seed shows other samples."""
     json: bool = False
@@ -139,52 +173,82 @@ def main_inspect(argv: list[str]) -> int:
     args = terminal.parse_args(InspectArgs, argv, prog="linerate shard inspect")
     from linerate.shards.catalog import Catalog
     from linerate.shards.overview import summarize
+    from linerate.shards.show_overview import print_overview
 
-    overview = summarize(Catalog.load(args.shards))
+    catalog = Catalog.load(args.shards)
+    if args.sql is not None:
+        return _answer(catalog, args.sql, args)
+    overview = summarize(catalog)
     if args.json:
         terminal.emit_json(overview.to_json())
-        return 0
-    console = Console()
-    table = Table("", "min", "p10", "p50", "p90", "max", "mean", title=str(args.shards), title_justify="left")
-    for name, values in (
-        ("bytes", overview.sample_bytes),
-        ("width", overview.width),
-        ("height", overview.height),
-    ):
-        table.add_row(name, *(f"{values[key]:,.0f}" for key in ("min", "p10", "p50", "p90", "max", "mean")))
-    console.print(
-        f"{overview.num_samples:,} samples ({show_bytes(overview.jpeg_bytes)} of JPEG) in "
-        f"{overview.num_shards} shards ({show_bytes(overview.num_bytes)}; {overview.smallest_shard} to "
-        f"{overview.largest_shard} samples each); {overview.num_rejected:,} files rejected",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(table)
-    console.print(_bars("size of a JPEG", {f"<= {show_bytes(end)}": n for end, n in overview.size_histogram}))
-    if overview.formats:
-        console.print(_bars("properties", overview.formats))
-    shown = dict(list(overview.classes.items())[: args.classes])
-    console.print(_bars(f"classes, {len(shown)} of {len(overview.classes)}", shown))
-    if overview.rejects:
-        console.print(_bars("rejected", overview.rejects))
+    else:
+        print_overview(overview, num_classes=args.classes)
+    return 0
+
+
+def _answer(catalog: Catalog, query: str, args: InspectArgs) -> int:
+    from linerate.shards import show_overview
+    from linerate.shards.sql import run_select
+
+    with run_select(catalog, query) as answer:
+        if args.csv:
+            show_overview.write_answer_csv(answer, num_rows=args.rows)
+        elif args.json:
+            show_overview.write_answer_json(answer, num_rows=args.rows)
+        else:
+            show_overview.print_answer(answer, num_rows=args.rows or SHOWN_ROWS)
     return 0
 
 
 def main_preview(argv: list[str]) -> int:
     args = terminal.parse_args(PreviewArgs, argv, prog="linerate shard preview")
     from linerate.shards.catalog import Catalog
+
+    if args.out is None and args.html is None:
+        raise UserError("nothing to write: give --out sheet.png, --html page.html, or both")
+    catalog = Catalog.load(args.shards)
+    sheet = _write_sheet(catalog, args.out, args) if args.out else {}
+    page = _write_page(catalog, args.html, args) if args.html else None
+    if args.json:
+        terminal.emit_json({**sheet, **({"html": page} if page else {})})
+    return 0
+
+
+def _write_sheet(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any]:
     from linerate.shards.preview import write_contact_sheet
 
-    catalog = Catalog.load(args.shards)
-    path = write_contact_sheet(catalog, args.out, num=args.num, seed=args.seed)
+    path = write_contact_sheet(catalog, out, num=args.num, seed=args.seed)
     shown = min(args.num, catalog.num_samples)
-    if args.json:
-        terminal.emit_json({"out": str(path), "num": shown})
-    else:
+    if not args.json:
         Console().print(
             f"{path}: {shown} of {catalog.num_samples:,} samples", highlight=False, soft_wrap=True
         )
-    return 0
+    return {"out": str(path), "num": shown}
+
+
+def _write_page(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any]:
+    from linerate.shards.gallery import write_gallery
+
+    with terminal.progress("drawing", total=None, unit="images") as advance:
+        report = write_gallery(
+            catalog,
+            out,
+            by=args.by,
+            per_group=args.per,
+            num_groups=args.groups,
+            seed=args.seed,
+            on_cells=advance,
+        )
+    if not args.json:
+        broken = f", {report.num_broken} of them do not decode" if report.num_broken else ""
+        Console().print(
+            f"{report.out}: {report.num:,} images in {len(report.groups)} of {report.num_groups:,} groups"
+            f"{broken}, {show_bytes(report.num_bytes)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    return dataclasses.asdict(report)
 
 
 def main_beton(argv: list[str]) -> int:
@@ -204,11 +268,3 @@ def main_beton(argv: list[str]) -> int:
             soft_wrap=True,
         )
     return 0
-
-
-def _bars(title: str, counts: Mapping[str, int]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1))
-    largest = max(counts.values(), default=1)
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}", "█" * -(-40 * count // max(1, largest)))
-    return table

@@ -94,18 +94,28 @@ def _draw_image(
     font: Font,
 ) -> None:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(jpeg), formats=("JPEG", "MPO")) as opened:
-            warnings.simplefilter("ignore")
-            opened.draft("RGB", (2 * CELL_PX, 2 * CELL_PX))
-            image = opened.convert("RGB")
-        image.thumbnail((CELL_PX, CELL_PX))
-        if (factor := CELL_PX // max(image.size)) > 1:  # CIFAR's 32 pixels are hard to see otherwise
-            image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+        image = load_thumbnail(jpeg, side=CELL_PX)
     except Exception as error:  # Pillow raises OSError, TypeError, ValueError and more on broken files
         draw.rectangle((left, top, left + CELL_PX, top + CELL_PX), fill=BROKEN)
         draw.text((left + 4, top + 4), type(error).__name__, fill=INK, font=font)
         return
     sheet.paste(image, (left + (CELL_PX - image.width) // 2, top + (CELL_PX - image.height) // 2))
+
+
+def load_thumbnail(jpeg: bytes, *, side: int) -> Image.Image:
+    """The image in RGB, its longer side at most this many pixels; very small ones are enlarged.
+
+    Raises what Pillow does on broken files: OSError, TypeError, ValueError and more.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as opened:
+            opened.draft("RGB", (2 * side, 2 * side))
+            image = opened.convert("RGB")
+    image.thumbnail((side, side))
+    if (factor := side // max(image.size)) > 1:  # CIFAR's 32 pixels are hard to see otherwise
+        image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    return image
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: Font) -> str:

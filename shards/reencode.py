@@ -184,7 +184,7 @@ def _open_by_pillow(data: Buffer, kind: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=(kind, "MPO") if kind == "JPEG" else (kind,)) as image:
+            with Image.open(io.BytesIO(data), formats=(kind,)) as image:
                 yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit

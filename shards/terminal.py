@@ -184,6 +184,16 @@ def nearest(name: str, names: list[str], *, what: str) -> UserError:
     return UserError(f"there is no {what} `{name}`; {hint}there are {', '.join(sorted(names))}")
 
 
+def visible(text: str) -> str:
+    """A name from somewhere else, safe to print: what moves the cursor or turns the text is spelled out.
+
+    Such as `\\x1b` and `\\u202e`; letters of all scripts stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def make_parent(out: Path) -> None:
     """Make the folder of a file that a command is about to write. Raises UserError where it cannot be."""
     try:

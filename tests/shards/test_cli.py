@@ -102,7 +102,7 @@ def test_inspect_counts_what_is_there(capsys: Capture, packed: Catalog) -> None:
     assert (result["smallest_shard"], result["largest_shard"]) == (8, 8)
     assert main(["shard", "inspect", str(packed.root), "--classes", "2"]) == 0
     out = capsys.readouterr().out
-    assert "classes, 2 of 4" in out
+    assert "classes, the largest 2 of 4" in out
     assert "size of a JPEG" in out
 
 

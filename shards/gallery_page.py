@@ -1,0 +1,198 @@
+"""The HTML of a page of thumbnails: one file, no request to anywhere, every name escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from linerate.shards.terminal import visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One sample on the page; all texts as they came."""
+
+    key: str
+    class_name: str
+    facts: str
+    more: str
+    """Its id and its properties, shown when pointed at."""
+    image: str
+    """base64 of a JPEG."""
+    trouble: str | None
+    """Why there is no image."""
+
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --ground: light-dark(#fbfbfa, #16181b); --card: light-dark(#ffffff, #202327);
+  --ink: light-dark(#1d2126, #e7e9ec); --faint: light-dark(#68707a, #98a1ab);
+  --line: light-dark(#dcdfe3, #343a41); --accent: light-dark(#1f6feb, #6ea8fe);
+  --bad: light-dark(#f6dcdc, #4a2528) }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 14px/1.45 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; background: var(--ground); padding: 14px 24px 10px;
+  border-bottom: 1px solid var(--line) }
+h1 { font-size: 19px; margin: 0 }
+header p { margin: 2px 0 10px; color: var(--faint) }
+.tools { display: flex; gap: 10px; align-items: center }
+input { flex: 0 1 380px; font: inherit; padding: 6px 10px; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 7px }
+button { white-space: nowrap; font: inherit; padding: 6px 12px; color: inherit; cursor: pointer;
+  background: var(--card); border: 1px solid var(--line); border-radius: 7px }
+output { color: var(--faint) }
+nav { display: flex; flex-wrap: wrap; gap: 6px; padding: 14px 24px 0 }
+nav a { color: inherit; text-decoration: none; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; padding: 1px 10px; max-width: 260px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap }
+nav a:hover { border-color: var(--accent) }
+small, .facts { color: var(--faint); font-size: 12px }
+section { padding: 6px 24px 10px; scroll-margin-top: 120px }
+h2 { font-size: 16px; margin: 14px 0 8px; overflow-wrap: anywhere }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(164px, 1fr)); gap: 12px }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 9px;
+  overflow: hidden; content-visibility: auto; contain-intrinsic-size: 164px 220px }
+.image { height: 164px; display: grid; place-items: center; background: var(--line) }
+.image img { display: block; max-width: 100%; max-height: 164px }
+.broken { background: var(--bad); padding: 8px; text-align: center; overflow-wrap: anywhere }
+figcaption { padding: 6px 9px 8px }
+figcaption div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.key { direction: rtl; text-align: left }
+details { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 8px 12px;
+  margin-bottom: 8px }
+summary { cursor: pointer; overflow-wrap: anywhere }
+ul { margin: 6px 0 2px; padding-left: 20px; overflow-wrap: anywhere }
+[hidden] { display: none !important }
+"""
+_SCRIPT = """
+const box = document.querySelector("input"), said = document.querySelector("output");
+const sections = [...document.querySelectorAll("section")];
+function search() {
+  const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let found = 0;
+  for (const section of sections) {
+    let here = 0;
+    for (const item of section.querySelectorAll("[data-text]")) {
+      const fits = words.every(word => item.dataset.text.includes(word));
+      item.hidden = !fits;
+      here += fits;
+    }
+    section.hidden = !here;
+    found += here;
+  }
+  for (const link of document.querySelectorAll("nav a"))
+    link.hidden = document.querySelector(link.getAttribute("href")).hidden;
+  said.textContent = words.length ? found + " found" : "";
+}
+box.addEventListener("input", search);
+document.addEventListener("keydown", event => {
+  if (event.key === "/" && event.target !== box) { event.preventDefault(); box.focus(); }
+});
+document.querySelector("button").addEventListener("click", () => {
+  const style = document.documentElement.style;
+  const dark = style.colorScheme ? style.colorScheme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
+  style.colorScheme = dark ? "light" : "dark";
+});
+search();
+"""
+# A name that came through unescaped could load and run nothing: the page's own script is known by its hash.
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}'"
+)
+
+
+def escaped(text: str) -> str:
+    """A name as HTML text or attribute value; characters that cannot be seen are spelled out."""
+    return html.escape(visible(text), quote=True)
+
+
+def opening(*, title: str, facts: str, groups: Sequence[tuple[str, int]], num_rejected: int) -> str:
+    """Everything above the first section. groups: (name, samples)."""
+    places = [(f"g{number}", name, count) for number, (name, count) in enumerate(groups)]
+    if num_rejected:
+        places.append(("rejected", "rejected", num_rejected))
+    links = "\n".join(
+        f'<a href="#{place}" title="{escaped(name)}">{escaped(name)} <small>{count:,}</small></a>'
+        for place, name, count in places
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{escaped(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escaped(title)}</h1>
+<p>{escaped(facts)}</p>
+<div class="tools"><input type="search" placeholder="search names, classes, properties" aria-label="search">
+<button type="button">dark / light</button><output></output></div>
+</header>
+<nav>
+{links}
+</nav>
+"""
+
+
+def section(number: int, name: str, count: int, cells: Sequence[Cell]) -> str:
+    """A group: its name, how many samples it holds, and some of them."""
+    shown = f"{len(cells):,} of {count:,}" if len(cells) < count else f"{count:,}"
+    figures = "\n".join(map(_figure, cells))
+    return f"""<section id="g{number}">
+<h2>{escaped(name)} <small>{shown}</small></h2>
+<div class="grid">
+{figures}
+</div>
+</section>
+"""
+
+
+def rejects_section(rejects: Sequence[tuple[str, int, Sequence[str]]]) -> str:
+    """What was left out. rejects: (reason, files, some of them)."""
+    if not rejects:
+        return ""
+    blocks = "\n".join(
+        f"<details open><summary>{escaped(why)} <small>{count:,}</small></summary><ul>\n"
+        + "\n".join(
+            f'<li data-text="{escaped(f"{why} {example}".lower())}">{escaped(example)}</li>'
+            for example in examples
+        )
+        + (f"\n<li>and {count - len(examples):,} more</li>" if len(examples) < count else "")
+        + "</ul></details>"
+        for why, count, examples in rejects
+    )
+    total = sum(count for _, count, _ in rejects)
+    return f"""<section id="rejected">
+<h2>rejected <small>{total:,}</small></h2>
+{blocks}
+</section>
+"""
+
+
+def closing() -> str:
+    return f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+
+
+def _figure(cell: Cell) -> str:
+    text = " ".join((cell.key, cell.class_name, cell.more, cell.trouble or "")).lower()
+    name = escaped(cell.key)
+    hover = "\n".join(filter(None, (name, escaped(cell.class_name), escaped(cell.facts), escaped(cell.more))))
+    image = (
+        f'<div class="image broken">does not decode<br>{escaped(cell.trouble)}</div>'
+        if cell.trouble is not None
+        else f'<div class="image"><img alt="" loading="lazy" src="data:image/jpeg;base64,{cell.image}"></div>'
+    )
+    return (
+        f'<figure data-text="{escaped(text)}" title="{hover}">{image}<figcaption>'
+        f'<div class="key"><bdi>{name}</bdi></div><div class="facts">{escaped(cell.facts)}</div>'
+        f"</figcaption></figure>"
+    )
