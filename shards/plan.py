@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,22 @@ def make_plan(
     sizing: Sizing,
     options: dict[str, Any],
     on_rows: Callable[[float], None] = lambda rows: None,
+    class_names: Sequence[str] = (),
+    drop_known: Callable[[Path], tuple[int, int]] | None = None,
 ) -> Plan:
     """List the source, shuffle it globally, cut it into shards and store that in `folder`.
 
     The order is that of md5(seed, key), which is the same on any machine for all time. Memory stays
     bounded: the list goes through Parquet, and DuckDB's sort of a long one spills into the folder.
+    class_names: classes that have their numbers already; new ones come after them. drop_known: takes rows
+    out of the stored list and returns (samples, bytes) of what is left.
     Raises UserError when the source holds nothing that could be an image.
     """
-    scan = _scan(source, folder, on_rows=on_rows)
+    scan = _scan(source, folder, on_rows=on_rows, known_classes=class_names)
     if not scan.num_samples:
         raise UserError(_nothing_found(source, scan))
+    if drop_known:
+        scan.num_samples, scan.total_bytes = drop_known(folder / _SCAN_NAME)
     num_shards = sizing.num_shards(samples=scan.num_samples, total_bytes=scan.total_bytes)
     digest = xxhash.xxh3_128(json.dumps([options, scan.class_names, num_shards]).encode())
     bounds = shard_bounds(scan.num_samples, num_shards)
@@ -150,7 +156,9 @@ class _Scan:
 _SCAN_NAME = "scan.parquet"
 
 
-def _scan(source: Source, folder: Path, *, on_rows: Callable[[float], None]) -> _Scan:
+def _scan(
+    source: Source, folder: Path, *, on_rows: Callable[[float], None], known_classes: Sequence[str] = ()
+) -> _Scan:
     """Write scan.parquet and source_rejects.parquet."""
     scan = _Scan()
     found: dict[str, int] = {}  # class name -> provisional number, in order of appearance
@@ -183,7 +191,11 @@ def _scan(source: Source, folder: Path, *, on_rows: Callable[[float], None]) -> 
             f"the source labels some samples by number (up to {highest}) and others by name "
             f"({', '.join(sorted(found)[:3])}); pack the two apart"
         )
-    scan.class_names = sorted(found) if found else [str(label) for label in range(highest + 1)]
+    scan.class_names = list(known_classes)
+    if found:
+        scan.class_names += sorted(found.keys() - set(known_classes))
+    else:
+        scan.class_names += [str(label) for label in range(len(known_classes), highest + 1)]
     if found:
         final = {name: number for number, name in enumerate(scan.class_names)}
         scan.label_of = np.array([final[name] for name in found] + [-1], np.int32)
