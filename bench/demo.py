@@ -170,7 +170,7 @@ def _pack_parts(options: DemoOptions) -> tuple[Catalog, Catalog]:
     from linerate.bench.demo_images import write_images
     from linerate.bench.demo_source import SourcePart
     from linerate.shards.options import PackOptions
-    from linerate.shards.pack import pack_source
+    from linerate.shards.pack import Effort, pack_source
     from linerate.shards.sources import open_source
 
     folder = options.images or options.out / "images"
@@ -194,7 +194,9 @@ def _pack_parts(options: DemoOptions) -> tuple[Catalog, Catalog]:
                     part,
                     options.out / f"shards-{part.part}",
                     options=PackOptions(name=part.part, seed=options.seed, check="decode"),
-                    on_progress=lambda stage, amount: advance(amount) if stage == "pack" else None,
+                    effort=Effort(
+                        on_progress=lambda stage, amount: advance(amount) if stage == "pack" else None
+                    ),
                 )
             )
     return catalogs[0], catalogs[1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -80,6 +81,8 @@ class Catalog:
     """(S,) bytes of each tar."""
     shard_xxh3: UInt64s
     """(S,) xxh3_64 of each tar."""
+    appends: tuple[dict[str, Any], ...] = ()
+    """What was added to the shards later, in order: plan, options, first shard and sample, counts."""
 
     @classmethod
     def load(cls, root: Path | str) -> Catalog:
@@ -90,7 +93,7 @@ class Catalog:
         root = Path(root)
         header = _load_header(root)
         try:
-            table = pq.read_table(root / SHARDS_NAME)
+            table = _without_unfinished(pq.read_table(root / SHARDS_NAME), header)
             sizes, size_bytes, xxh3 = (_column(table, name) for name in ("samples", "bytes", "xxh3"))
             files = table.column("file").to_pylist()
             totals = {key: int(header[key]) for key in _TOTALS}
@@ -106,6 +109,7 @@ class Catalog:
                 shard_sizes=sizes.astype(np.int64),
                 shard_bytes=size_bytes.astype(np.int64),
                 shard_xxh3=xxh3.astype(np.uint64),
+                appends=tuple(header.get("appends") or ()),
                 **totals,
             )
         except (KeyError, TypeError, ValueError, pa.ArrowException, OSError) as error:
@@ -129,6 +133,11 @@ class Catalog:
     def starts(self) -> Int64s:
         """(S+1,) position of each shard's first sample; the last entry is N."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+
+    def shard_plan_id(self, shard: int) -> str:
+        """The plan that wrote this shard, as its mark repeats it; several where shards were appended."""
+        number = int(self.files[shard].removesuffix(".tar").rpartition("-")[2])
+        return plan_id_of(vars(self), number)
 
     def shard_path(self, shard: int) -> Path:
         """The tar of this shard."""
@@ -177,6 +186,22 @@ def write_catalog(root: Path, *, header: Mapping[str, Any], shards: Any) -> None
     temp = root / f".{CATALOG_NAME}.tmp"
     temp.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync_rename(temp, root / CATALOG_NAME)
+
+
+def plan_id_of(header: Mapping[str, Any], number: int) -> str:
+    """The plan that wrote the shard whose files have this number, by a catalog's header."""
+    appends = list(header.get("appends") or ())
+    if not appends:
+        return str(header["plan_id"])
+    wrote = [append["plan_id"] for append in appends if append["first_shard"] <= number]
+    return str(wrote[-1] if wrote else appends[0]["base_plan_id"])
+
+
+def _without_unfinished(table: Any, header: Mapping[str, Any]) -> Any:
+    """The rows that the header counts: an append writes the longer table first, then the header."""
+    counted = table.slice(0, int(header["num_shards"]))
+    whole = pc.sum(counted.column("samples")).as_py() == int(header["num_samples"])
+    return counted if whole else table
 
 
 def _sync_rename(temp: Path, path: Path) -> None:

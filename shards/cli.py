@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -21,6 +21,11 @@ from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.look_cli import main_beton, main_inspect, main_preview, main_verify
 from linerate.shards.options import PackOptions
 from linerate.shards.plan import DEFAULT_MEMORY
+
+if TYPE_CHECKING:
+    from linerate.shards.catalog import Catalog
+    from linerate.shards.engines import Engine
+    from linerate.shards.worker_index import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,23 @@ class PackArgs(PackOptions):
     folder of the shards; new, empty, or begun by the same command."""
     memory: str = DEFAULT_MEMORY
     """What planning may take of the memory; the list of more images spills into OUT."""
+    append: bool = False
+    """OUT holds finished shards: add the images whose keys they lack as further shards. Nothing that is there
+    changes but the catalog."""
     workers: int | None = None
     """Processes; by default one per core (none for little work). The bytes are the same for any number."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or tasks of a Ray cluster; OUT and SOURCE lie at the same place on every
+    node."""
+    ray_address: str = ""
+    """Of a running cluster, such as auto; by default $RAY_ADDRESS, else one of this machine for this run."""
+    worker_index: int | Literal["auto"] | None = None
+    """Pack only the shards of this worker, 0 to N-1, beside others in one OUT; then `linerate shard finish
+    OUT`. auto: by SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX."""
+    worker_count: int | Literal["auto"] | None = None
+    """How many workers there are, N."""
+    plan_wait_s: float = 86400.0
+    """A worker waits at most so long for the plan that another one makes."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -46,6 +66,7 @@ def main(argv: list[str]) -> int:
     """Exit code of `linerate shard ...`."""
     commands: dict[str, tuple[terminal.Command, str]] = {
         "pack": (main_pack, "an image folder or tars of one -> shards"),
+        "finish": (main_finish, "the catalog, after workers with --worker-index packed all shards"),
         "verify": (main_verify, "read every byte and compare it with checksums, index and catalog"),
         "inspect": (main_inspect, "totals, sizes, formats, classes, rejects"),
         "preview": (main_preview, "a contact sheet of random samples"),
@@ -56,13 +77,17 @@ def main(argv: list[str]) -> int:
 
 def main_pack(argv: list[str]) -> int:
     args = terminal.parse_args(PackArgs, _paths_last(argv), prog="linerate shard pack")
-    from linerate.shards.overview import summarize
+    from linerate.shards.engines import Engine
     from linerate.shards.pack import pack
+    from linerate.shards.worker_index import choose_part
 
     if len(args.paths) < 2:
         raise UserError("`linerate shard pack SOURCE... OUT` needs a source and the folder for its shards")
     *sources, out = args.paths
     options = PackOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PackOptions)})
+    engine = Engine(kind=args.engine, ray_address=args.ray_address)
+    if part := choose_part(args.worker_index, args.worker_count):
+        return _pack_part(args, options, engine, part)
     started = time.perf_counter()
     with PackProgress() as bars:
         catalog = pack(
@@ -70,18 +95,86 @@ def main_pack(argv: list[str]) -> int:
             out,
             options=options,
             num_workers=args.workers,
+            engine=engine,
+            append=args.append,
             memory=args.memory,
             on_progress=bars.advance,
         )
-    seconds = time.perf_counter() - started
+    _tell(catalog, args, num_packed=bars.num_packed, seconds=time.perf_counter() - started)
+    return 0
+
+
+def _pack_part(args: PackArgs, options: PackOptions, engine: Engine, part: Part) -> int:
+    from linerate.shards.manifest import open_any_source
+    from linerate.shards.pack import Effort
+    from linerate.shards.worker_index import pack_part
+
+    *sources, out = args.paths
+    with PackProgress() as bars:
+        report = pack_part(
+            open_any_source(sources, columns=options.manifest_columns),
+            out,
+            part,
+            options=options,
+            append=args.append,
+            effort=Effort(
+                num_workers=args.workers, engine=engine, memory=args.memory, on_progress=bars.advance
+            ),
+            on_wait=lambda whom: terminal.stderr.print(f"waiting for the plan, which {whom} makes"),
+            wait_limit_s=args.plan_wait_s,
+        )
+    if args.json:
+        terminal.emit_json(dataclasses.asdict(report))
+    elif report.finished:
+        Console().print(f"{out} is finished, nothing was left to do for {part}", soft_wrap=True)
+    else:
+        Console().print(
+            f"{part}: its {report.mine} of {report.num_shards} shards are whole, {report.packed_now} packed "
+            f"now; when all workers have ended: linerate shard finish {out}",
+            soft_wrap=True,
+        )
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishArgs:
+    """Write the catalog once the workers of --worker-index have packed all shards; needs no source."""
+
+    out: Positional[Path]
+    """The folder that they packed into."""
+    json: bool = False
+    """Print one JSON object on stdout and nothing else."""
+
+
+def main_finish(argv: list[str]) -> int:
+    args = terminal.parse_args(FinishArgs, argv, prog="linerate shard finish")
+    from linerate.shards.worker_index import finish_parts
+
+    started = time.perf_counter()
+    catalog = finish_parts(args.out)
+    _tell(catalog, args, num_packed=0, seconds=time.perf_counter() - started)
+    return 0
+
+
+def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, seconds: float) -> None:
+    """What OUT holds now, as a table or as JSON."""
+    from linerate.shards.overview import summarize
+
     overview = summarize(catalog)
     if args.json:
-        rates = {"seconds": seconds, "packed_now": bars.num_packed, "filtered": catalog.filtered}
-        terminal.emit_json(overview.to_json() | rates)
-        return 0
-    table = Table(title=f"{out}", title_justify="left", show_header=False, box=None)
+        rates = {"seconds": seconds, "packed_now": num_packed, "filtered": catalog.filtered}
+        terminal.emit_json(overview.to_json() | rates | {"appends": list(catalog.appends)})
+        return
+    table = Table(title=f"{catalog.root}", title_justify="left", show_header=False, box=None)
     table.add_row("samples", f"{catalog.num_samples:,} in {len(overview.classes)} classes")
     table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
+    if catalog.appends:
+        last = catalog.appends[-1]
+        table.add_row(
+            "appended",
+            f"{len(catalog.appends)} times; last {last['num_samples']:,} samples in {last['num_shards']} "
+            f"shards, {last['num_known']:,} were there",
+        )
     table.add_row("bytes", show_bytes(overview.num_bytes))
     changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
     if changed:
@@ -90,12 +183,14 @@ def main_pack(argv: list[str]) -> int:
         left_out = {f"by --{name}": count for name, count in catalog.filtered.items()}
         table.add_row("left out", _listed(left_out))
     table.add_row("rejected", _listed(overview.rejects) or "none")
-    if not options.baseline and any(reason.startswith("not a JPEG") for reason in overview.rejects):
+    if not catalog.options.get("baseline") and any(
+        reason.startswith("not a JPEG") for reason in overview.rejects
+    ):
         table.add_row("", "shards hold JPEGs: with --baseline other formats are converted")
-    rate = f", {bars.num_packed / seconds:,.0f} images/s" if bars.num_packed else ", nothing was left to do"
-    table.add_row("time", f"{seconds:.1f} s{rate}")
+    if isinstance(args, PackArgs):
+        rate = f", {num_packed / seconds:,.0f} images/s" if num_packed else ", nothing was left to do"
+        table.add_row("time", f"{seconds:.1f} s{rate}")
     Console().print(table)
-    return 0
 
 
 def _paths_last(argv: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 from linerate.shards.errors import UserError
 from linerate.shards.worker import TaskFailure, TaskFunction, describe, load_function
@@ -19,6 +19,26 @@ from linerate.shards.worker import TaskFailure, TaskFunction, describe, load_fun
 MAX_ATTEMPTS = 3
 # Packed or verified in the half second that a process takes to start.
 WORTH_A_PROCESS_BYTES = 64_000_000
+
+
+OnRetry = Callable[[int, TaskFailure], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Who runs the processes of run_tasks."""
+
+    kind: Literal["local", "ray"] = "local"
+    """Processes of this machine under our own supervisor, or tasks of a Ray cluster."""
+    ray_address: str = ""
+    """Of a running cluster; empty: $RAY_ADDRESS, else a cluster of this machine for this run alone."""
+
+    def __post_init__(self) -> None:
+        if self.ray_address and self.kind != "ray":
+            raise UserError(f"--ray-address {self.ray_address} needs --engine ray; give both or neither")
+
+
+LOCAL = Engine()
 
 
 class StoppedError(Exception):
@@ -50,22 +70,40 @@ def run_tasks(
     function: str,
     tasks: Sequence[Any],
     *,
-    num_workers: int,
+    num_workers: int | None,
     on_done: Callable[[int, Any], None],
     on_progress: Callable[[int], None] = lambda amount: None,
+    on_retry: OnRetry = lambda index, failure: None,
+    engine: Engine = LOCAL,
 ) -> dict[int, TaskFailure]:
     """Call on_done(index, result) for every task; returns the failures of those that failed three times.
 
     function: "module:name" of a TaskFunction. When it returns a callable, that is called in a background
     thread of the worker, which goes on with the next task, and the callable's result counts.
-    num_workers: 0 runs everything in this process. Raises StoppedError when no task can succeed.
+    num_workers: 0 runs everything in this process; None is one per core, and on Ray all that the cluster
+    has. on_retry(index, failure) hears of every attempt after which there is another.
+    Raises StoppedError when no task can succeed.
     """
-    if num_workers < 0:
+    if num_workers is not None and num_workers < 0:
         raise UserError(f"--workers is {num_workers}; give 1 or more, or 0 to work in this process")
+    if engine.kind == "ray":
+        from linerate.shards.ray_engine import run_on_ray
+
+        return run_on_ray(
+            function,
+            tasks,
+            address=engine.ray_address,
+            num_workers=num_workers,
+            on_done=on_done,
+            on_progress=on_progress,
+            on_retry=on_retry,
+        )
     if num_workers == 0:
-        return _run_here(load_function(function), tasks, on_done=on_done, on_progress=on_progress)
-    supervisor = _Supervisor(function, tasks, on_done, on_progress)
-    return supervisor.run(min(num_workers, len(tasks)))
+        return _run_here(
+            load_function(function), tasks, on_done=on_done, on_progress=on_progress, on_retry=on_retry
+        )
+    supervisor = _Supervisor(function, tasks, on_done, on_progress, on_retry)
+    return supervisor.run(min(num_workers or default_num_workers(), len(tasks)))
 
 
 def _run_here(
@@ -74,10 +112,11 @@ def _run_here(
     *,
     on_done: Callable[[int, Any], None],
     on_progress: Callable[[int], None],
+    on_retry: OnRetry,
 ) -> dict[int, TaskFailure]:
     failures = {}
     for index, task in enumerate(tasks):
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             seen = 0
 
             def report(amount: int) -> None:
@@ -93,6 +132,8 @@ def _run_here(
                 failures[index] = describe(error)
                 if failures[index].hopeless:
                     raise StoppedError(failures[index]) from None
+                if attempt < MAX_ATTEMPTS:
+                    on_retry(index, failures[index])
             else:
                 failures.pop(index, None)
                 on_done(index, result)
@@ -114,6 +155,7 @@ class _Supervisor:
     tasks: Sequence[Any]
     on_done: Callable[[int, Any], None]
     on_progress: Callable[[int], None]
+    on_retry: OnRetry
     waiting: deque[int] = field(default_factory=deque)
     attempts: list[int] = field(default_factory=list)
     failures: dict[int, TaskFailure] = field(default_factory=dict)
@@ -187,6 +229,7 @@ class _Supervisor:
             self.stopped = self.stopped or failure
         elif self.attempts[index] < MAX_ATTEMPTS:
             self.waiting.append(index)
+            self.on_retry(index, failure)
 
     def _bury(self, worker: _Worker) -> None:
         self.workers.remove(worker)

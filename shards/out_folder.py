@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import filterfalse
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 
 WORK_NAME = ".pack"
+# What flock says in some network folders.
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 # What may lie in a folder whose catalog.json was lost.
-_OURS = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.(tar|idx|parquet)|shards\.parquet|rejected\.parquet|\..*\.tmp")
+_OURS = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.(tar|idx|parquet)|(shards|rejected|pack_stats)\.parquet|\..*\.tmp")
 
 
 def claim_folder(out: Path, *, sources: list[Path]) -> bool:
@@ -65,7 +67,7 @@ def lock_folder(out: Path) -> Iterator[None]:
                 # Some network folders know no locks. There two runs may remove each other's plan and
                 # temporary files: one ends with an error, while shards that are whole stay so, since both
                 # write the same bytes.
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                if error.errno not in NO_LOCKS:
                     raise
             # Whoever held it before may have removed the file that we have just locked.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -95,13 +97,15 @@ def remove_stale(out: Path) -> None:
 
 def remove_work(out: Path) -> None:
     """Remove the plan and the lock: nothing is left to take up again."""
+    # First what says that there is a plan: killed in between, the next run finds none, not half of one.
+    (out / WORK_NAME / PLAN_HEADER_NAME).unlink(missing_ok=True)
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
 
 
-def remove_marks(out: Path, name: str) -> None:
+def remove_marks(stems: Iterable[Path], out: Path) -> None:
     """Remove the marks of shards without samples, and the plan behind them."""
-    for path in out.glob(f"{name}-??????.parquet"):
-        path.unlink()
+    for stem in stems:
+        stem.with_suffix(".parquet").unlink(missing_ok=True)
     remove_work(out)
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.inspect_image import FLAG_NAMES
+from linerate.shards.shard_stats import STATS_NAME
 from linerate.shards.sql import open_tables, quoted
 
-STATS_NAME = "pack_stats.parquet"
 NO_CLASS = "(none)"
 TOP_HASHTAGS = 20
 EXAMPLES = 3
@@ -49,9 +49,9 @@ class PackRates:
     samples_per_s: dict[str, float]
     """Quantiles over shards."""
     bytes_per_s: dict[str, float]
-    num_workers: int
+    num_hosts: int
     peak_rss_bytes: int
-    """Of the worker that took most."""
+    """Of the worker process that took most."""
     slowest: list[tuple[int, float, float]]
     """(shard, seconds, samples/s) of the slowest per sample, the worst first."""
 
@@ -253,10 +253,10 @@ def _load_rates(catalog: Catalog) -> PackRates | None:
     path = catalog.root / STATS_NAME
     try:
         table = pq.read_table(path)
-        shard, worker = (table.column(name).to_numpy() for name in ("shard", "worker"))
-        samples, seconds, num_bytes, rss = (
+        shard, host = (table.column(name).to_numpy() for name in ("shard", "host"))
+        samples, seconds, num_bytes, rss_mib = (
             table.column(name).to_numpy().astype(np.float64)
-            for name in ("samples", "seconds", "bytes", "peak_rss_bytes")
+            for name in ("samples", "seconds", "bytes_written", "peak_rss_mib")
         )
     except FileNotFoundError:
         return None
@@ -273,8 +273,8 @@ def _load_rates(catalog: Catalog) -> PackRates | None:
         seconds=float(seconds.sum()),
         samples_per_s=_quantiles_of(samples / took),
         bytes_per_s=_quantiles_of(num_bytes / took),
-        num_workers=len(set(worker.tolist())),
-        peak_rss_bytes=int(rss.max()),
+        num_hosts=len(set(host.tolist())),
+        peak_rss_bytes=int(rss_mib.max() * (1 << 20)),
         slowest=[(int(shard[i]), float(seconds[i]), float(samples[i] / took[i])) for i in order],
     )
 

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, write_catalog
+from linerate.shards.append import Base, NothingNewError, open_base, refuse_appended
+from linerate.shards.catalog import CATALOG_NAME, Catalog
 from linerate.shards.dedup import drop_equal_images
-from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
+from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.finish import finish
 from linerate.shards.manifest import ManifestSource, open_any_source
-from linerate.shards.options import PackOptions
+from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.out_folder import (
     WORK_NAME,
     claim_folder,
     lock_folder,
-    remove_marks,
     remove_stale,
     remove_work,
     require_space,
     tidy_folder,
 )
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
-from linerate.shards.plan import (
-    DEFAULT_MEMORY,
-    REJECT_SCHEMA,
-    REJECTS_NAME,
-    Plan,
-    load_options,
-    make_plan,
-)
+from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
+from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
+from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
 from linerate.shards.worker import TaskFailure
 
@@ -53,6 +45,8 @@ def pack(
     *,
     options: PackOptions | None = None,
     num_workers: int | None = None,
+    engine: Engine = LOCAL,
+    append: bool = False,
     memory: str = DEFAULT_MEMORY,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
@@ -61,16 +55,28 @@ def pack(
     source: a folder of images (class folders become labels), one or several tars of one, or manifests.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
-    changes a byte.
+    changes a byte, and neither does the engine.
+    append: `out` holds finished shards; the images of `source` whose keys they lack become further shards
+    with the next numbers, and nothing that is there is touched but the catalog, last. Classes keep their
+    numbers, new ones come after them.
     memory: that planning may take, such as `4GB`; a longer list spills into OUT.
     Raises UserError for what cannot work; nothing that `out` held before is touched then.
     """
     paths = [source] if isinstance(source, Path | str) else list(source)
     options = options or PackOptions()
+    effort = Effort(num_workers=num_workers, engine=engine, memory=memory, on_progress=on_progress)
     opened = open_any_source(paths, columns=options.manifest_columns)
-    return pack_source(
-        opened, out, options=options, num_workers=num_workers, memory=memory, on_progress=on_progress
-    )
+    return pack_source(opened, out, options=options, effort=effort, append=append)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How the work is done; nothing here changes a byte."""
+
+    num_workers: int | None = None
+    engine: Engine = LOCAL
+    memory: str = DEFAULT_MEMORY
+    on_progress: Progress = lambda stage, amount: None
 
 
 def pack_source(
@@ -78,143 +84,123 @@ def pack_source(
     out: Path | str,
     *,
     options: PackOptions | None = None,
-    num_workers: int | None = None,
-    memory: str = DEFAULT_MEMORY,
-    on_progress: Progress = lambda stage, amount: None,
+    effort: Effort | None = None,
+    append: bool = False,
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
-    options = options or PackOptions()
-    out = Path(out)
+    options, effort, out = options or PackOptions(), effort or Effort(), Path(out)
     made = claim_folder(out, sources=opened.containers)
     with lock_folder(out):
         try:
-            return _pack_locked(opened, out, options, num_workers, memory, on_progress)
-        except _NothingKeptError as error:
-            remove_marks(out, options.name)
-            raise UserError(str(error)) from None
+            return _pack_locked(opened, out, options, effort, append=append)
+        except NothingNewError:
+            remove_work(out)
+            return Catalog.load(out)
         finally:
             tidy_folder(out, made=made)
 
 
-class _NothingKeptError(UserError):
-    pass
-
-
 def _pack_locked(
-    source: Source | ManifestSource,
-    out: Path,
-    options: PackOptions,
-    num_workers: int | None,
-    memory: str,
-    on_progress: Progress,
+    source: Source | ManifestSource, out: Path, options: PackOptions, effort: Effort, *, append: bool
 ) -> Catalog:
     remove_stale(out)
-    _refuse_other_options(out, options)
-    plan = _plan(source, out, options, num_workers, memory, on_progress)
-    tasks = [
+    plan, base = prepare(source, out, options, effort, append=append)
+    tasks = plan_tasks(plan, out, asdict(options), base)
+    marks = load_marks(tasks, plan)
+    if len(marks) == len(tasks) and (out / CATALOG_NAME).exists() and not base:
+        remove_work(out)
+        return Catalog.load(out)
+    log = StatsLog(out / WORK_NAME / "stats.jsonl")
+    pack_missing(out, plan, tasks, marks, options=options, effort=effort, log=log)
+    return finish(out, plan, tasks, marks, asdict(options), base)
+
+
+def prepare(
+    source: Source | ManifestSource, out: Path, options: PackOptions, effort: Effort, *, append: bool
+) -> tuple[Plan, Base | None]:
+    """The plan and what it is appended to. Raises NothingNewError where an append has nothing to do."""
+    base = open_base(out, name=options.name) if append else None
+    if not base:
+        refuse_appended(out)
+    wanted = asdict(options) | (base.options if base else {})
+    refuse_other_options(out, wanted, base)
+    return _plan(source, out, options, wanted, base, effort), base
+
+
+def plan_tasks(plan: Plan, out: Path, options: dict[str, Any], base: Base | None) -> list[ShardTask]:
+    """One task for each shard of the plan, in order."""
+    policy = ImagePolicy(**{field.name: options[field.name] for field in fields(ImagePolicy)})
+    return [
         ShardTask(
             plan_folder=os.fspath(plan.folder),
             shard=shard,
             out=os.fspath(out),
-            name=options.name,
-            policy=options.policy,
+            name=options["name"],
+            policy=policy,
+            first_shard=base.first_shard if base else 0,
+            first_sample_id=base.first_sample_id if base else 0,
         )
         for shard in range(plan.num_shards)
     ]
-    marks = {task.shard: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
-    todo = [task for task in tasks if task.shard not in marks]
-    if not todo and (out / CATALOG_NAME).exists():
-        remove_work(out)
-        return Catalog.load(out)
+
+
+def load_marks(tasks: list[ShardTask], plan: Plan) -> dict[int, ShardMark]:
+    """The marks of the tasks whose shards are whole, by the shards' numbers."""
+    return {task.number: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
+
+
+def pack_missing(
+    out: Path,
+    plan: Plan,
+    tasks: list[ShardTask],
+    marks: dict[int, ShardMark],
+    *,
+    options: PackOptions,
+    effort: Effort,
+    log: StatsLog,
+) -> None:
+    """Pack the tasks that `marks` lacks and add theirs. Raises UserError when some cannot be packed."""
+    todo = [task for task in tasks if task.number not in marks]
     # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
-    on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
+    effort.on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
     require_space(out, num_bytes=num_bytes)
 
-    def on_done(index: int, mark: ShardMark) -> None:
+    def on_done(index: int, result: tuple[ShardMark, ShardStats]) -> None:
+        mark, stats = result
         marks[mark.shard] = mark
+        log.add(index, stats)
 
+    num_workers = effort.num_workers
+    if effort.engine.kind == "local":
+        source_bytes = plan.total_bytes * len(tasks) // plan.num_shards
+        num_workers = choose_num_workers(num_workers, num_bytes=source_bytes, may_crash=options.may_crash)
     try:
         failures = run_tasks(
-            "linerate.shards.pack_shard:run_task",
+            "linerate.shards.shard_stats:run_task",
             todo,
-            num_workers=choose_num_workers(
-                num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash
-            ),
+            num_workers=num_workers,
             on_done=on_done,
-            on_progress=lambda samples: on_progress("pack", samples),
+            on_progress=lambda samples: effort.on_progress("pack", samples),
+            on_retry=log.retried,
+            engine=effort.engine,
         )
     except StoppedError as stop:
         raise _stopped(out, stop.failure, done=len(marks), total=len(tasks)) from None
     if failures:
-        raise _failed({todo[i].shard: f for i, f in failures.items()}, done=len(marks), total=len(tasks))
-    return finish(out, plan, [marks[task.shard] for task in tasks], options)
+        raise _failed({todo[i].number: f for i, f in failures.items()}, done=len(marks), total=len(tasks))
 
 
-def finish(out: Path, plan: Plan, marks: list[ShardMark], options: PackOptions) -> Catalog:
-    """Write rejected.parquet, shards.parquet and, last, catalog.json from the marks of all shards."""
-    rejects = _collect_rejects(plan, marks)
-    kept = [mark for mark in marks if mark.samples]
-    if not kept:
-        raise _NothingKeptError(_all_rejected(rejects))
-    temp = out / f".{REJECTED_NAME}.tmp"
-    pq.write_table(rejects, temp, compression="zstd")
-    temp.replace(out / REJECTED_NAME)
-    shards = pa.table(
-        {
-            "file": pa.array([f"{options.name}-{mark.shard:06d}.tar" for mark in kept], pa.string()),
-            "samples": pa.array([mark.samples for mark in kept], pa.int64()),
-            "bytes": pa.array([mark.tar_bytes for mark in kept], pa.int64()),
-            "xxh3": pa.array([mark.tar_xxh3 for mark in kept], pa.uint64()),
-        }
-    )
-    header = {
-        "name": options.name,
-        "seed": options.seed,
-        "plan_id": plan.plan_id,
-        "num_samples": sum(mark.samples for mark in kept),
-        "num_planned": plan.num_samples,
-        "num_rejected": rejects.num_rows,
-        "max_height": max(mark.max_height for mark in kept),
-        "max_width": max(mark.max_width for mark in kept),
-        "max_sample_bytes": max(mark.max_sample_bytes for mark in kept),
-        "options": dataclasses.asdict(options),
-        "filtered": plan.filtered,
-        "class_names": plan.class_names,
-    }
-    write_catalog(out, header=header, shards=shards)
-    remove_work(out)
-    return Catalog.load(out)
-
-
-def _collect_rejects(plan: Plan, marks: list[ShardMark]) -> Any:
-    rows = [row for mark in marks for row in mark.rejects]
-    columns = list(zip(*rows, strict=True)) or [()] * len(REJECT_SCHEMA)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, REJECT_SCHEMA, strict=True)]
-    packed = pa.Table.from_arrays(arrays, schema=REJECT_SCHEMA)
-    return pa.concat_tables([packed, pq.read_table(plan.folder / REJECTS_NAME)]).combine_chunks()
-
-
-def _all_rejected(rejects: Any) -> str:
-    rows = zip(rejects.column("reason").to_pylist(), rejects.column("detail").to_pylist(), strict=True)
-    seen = Counter(f"{reason} ({detail})" if detail else reason for reason, detail in rows)
-    listed = "; ".join(f"{count} {reason}" for reason, count in seen.most_common(4))
-    return (
-        f"none of the {rejects.num_rows} files is an image that can be packed: {listed}; shards hold JPEGs, "
-        f"and --baseline makes them of PNG, WebP, GIF, BMP, TIFF, PNM and AVIF"
-    )
-
-
-def _refuse_other_options(out: Path, options: PackOptions) -> None:
+def refuse_other_options(out: Path, wanted: dict[str, Any], base: Base | None) -> None:
+    """Raise UserError with what differs between these options and those that OUT was begun with."""
     stored: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError, KeyError):
         stored = load_options(out / WORK_NAME)
-    if stored is None and (out / CATALOG_NAME).exists():
+    if stored is None and not base and (out / CATALOG_NAME).exists():
         stored = Catalog.load(out).options
     if stored is None:
         return
-    wanted = dataclasses.asdict(options)
     differ = [
         f"--{key.replace('_', '-')} was {stored.get(key)}, now {wanted.get(key)}"
         for key in sorted(stored.keys() | wanted.keys())
@@ -230,13 +216,13 @@ def _plan(
     source: Source | ManifestSource,
     out: Path,
     options: PackOptions,
-    num_workers: int | None,
-    memory: str,
-    on_progress: Progress,
+    wanted: dict[str, Any],
+    base: Base | None,
+    effort: Effort,
 ) -> Plan:
     """A plan of the source as it is now; refused when it is not the one that OUT was begun with."""
     work = out / WORK_NAME
-    before = _plan_before(out)
+    before = _plan_before(out, base)
     fresh = work / "new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -245,32 +231,41 @@ def _plan(
         fresh,
         seed=options.seed,
         sizing=options.sizing,
-        options=dataclasses.asdict(options),
+        options=wanted,
         selection=options.selection,
-        memory=memory,
-        on_rows=lambda rows: on_progress("list", rows),
+        memory=effort.memory,
+        on_rows=lambda rows: effort.on_progress("list", rows),
     )
+    if base:
+        plan = base.drop_known(plan, sizing=options.sizing, memory=effort.memory)
     if options.dedup == "bytes":
         plan = drop_equal_images(
-            plan, work / "hashes", sizing=options.sizing, num_workers=num_workers, memory=memory
+            plan,
+            work / "hashes",
+            sizing=options.sizing,
+            num_workers=effort.num_workers,
+            memory=effort.memory,
         )
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "
             f"{plan.num_samples} now, or other names, sizes or options); give that one, or another OUT"
         )
-    for path in fresh.iterdir():
+    # The header last: it says that the plan is whole.
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == PLAN_HEADER_NAME):
         if path.is_file():
             path.replace(work / path.name)
     shutil.rmtree(fresh)
     return Plan.load(work)
 
 
-def _plan_before(out: Path) -> tuple[str, int | str] | None:
+def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:
     """(plan id, number of samples) of what lies in OUT already."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         stored = Plan.load(out / WORK_NAME)
         return stored.plan_id, stored.num_samples
+    if base:
+        return None
     if (out / CATALOG_NAME).exists():
         catalog = Catalog.load(out)
         return catalog.plan_id, catalog.num_planned

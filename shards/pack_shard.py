@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import socket
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,11 +53,20 @@ class ShardTask:
     out: str
     name: str
     policy: ImagePolicy
+    first_shard: int = 0
+    """Number of the plan's first shard among the files: others lie before it where this is an append."""
+    first_sample_id: int = 0
+    """Of the plan's first sample, likewise."""
+
+    @property
+    def number(self) -> int:
+        """Of the shard's files."""
+        return self.first_shard + self.shard
 
     @property
     def stem(self) -> Path:
         """The shard's path without a suffix."""
-        return Path(self.out) / f"{self.name}-{self.shard:06d}"
+        return Path(self.out) / f"{self.name}-{self.number:06d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +126,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
     """
     plan = Plan.load(Path(task.plan_folder))
     rows = plan.load_rows(task.shard)
+    first_sample_id = task.first_sample_id + plan.first_sample_id(task.shard)
     temp_tar = _temp_name(task, ".tar")
     fd = os.open(temp_tar, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -123,7 +135,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
             writer,
             rows,
             containers=plan.containers,
-            first_sample_id=plan.first_sample_id(task.shard),
+            first_sample_id=first_sample_id,
             judge=_judge_for(task),
             report=report,
         )
@@ -132,10 +144,10 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
         os.close(fd)
         temp_tar.unlink(missing_ok=True)
         raise
-    table = _index_table(rows, columns, first_sample_id=plan.first_sample_id(task.shard))
+    table = _index_table(rows, columns, first_sample_id=first_sample_id)
     mark = ShardMark(
         plan_id=plan.plan_id,
-        shard=task.shard,
+        shard=task.number,
         samples=len(columns.row),
         tar_bytes=tar_bytes,
         tar_xxh3=tar_xxh3,
@@ -189,7 +201,7 @@ def load_mark(task: ShardTask, *, plan_id: str) -> ShardMark | None:
     try:
         metadata = pq.read_schema(stem.with_suffix(".parquet")).metadata or {}
         mark = ShardMark(**json.loads(metadata[MARK_KEY]))
-        agrees = mark.plan_id == plan_id and mark.shard == task.shard
+        agrees = mark.plan_id == plan_id and mark.shard == task.number
         whole = not mark.samples or (
             stem.with_suffix(".tar").stat().st_size == mark.tar_bytes and stem.with_suffix(".idx").exists()
         )
@@ -311,5 +323,11 @@ def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
 
 
 def _temp_name(task: ShardTask, suffix: str) -> Path:
-    # The process id keeps two writers of one shard apart; the leading dot hides it from every `*.tar`.
-    return task.stem.with_name(f".{task.stem.name}{suffix}.{os.getpid()}.tmp")
+    # Host and process keep two writers of one shard apart; the leading dot hides it from every `*.tar`.
+    # Process numbers alone do not: in containers they are small and the same everywhere.
+    return task.stem.with_name(f".{task.stem.name}{suffix}.{_host()}-{os.getpid()}.tmp")
+
+
+@functools.cache
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:64]

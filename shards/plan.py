@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,21 +155,32 @@ def make_plan(
 
 
 def make_plan_without(
-    plan: Plan, sample_ids: Iterator[Any], *, rejects: Iterator[Any], sizing: Sizing
+    plan: Plan,
+    sample_ids: Iterator[Any],
+    *,
+    rejects: Iterator[Any],
+    sizing: Sizing,
+    class_names: Sequence[str] = (),
 ) -> Plan:
-    """The same plan less some of its rows, in the plan's folder.
+    """The same plan less some of its rows, in the plan's folder. It may be left without any.
 
-    sample_ids: ascending, as int64 arrays; rejects: tables of REJECT_SCHEMA that say why.
+    sample_ids: ascending, as int64 arrays; rejects: tables of REJECT_SCHEMA that say why. class_names:
+    classes that have their numbers already; those of the plan that are new come after them.
     """
     folder, options = plan.folder, load_options(plan.folder)
+    known = set(class_names)
+    all_names = [*class_names, *(name for name in plan.class_names if name not in known)]
     facts = _Facts(
-        class_names=plan.class_names,
+        class_names=all_names,
         containers=plan.containers,
         filtered=dict(plan.filtered),
         own_keys=plan.own_keys,
         num_source_rejects=plan.num_source_rejects,
     )
     kept = _without(load_plan_rows(folder), sample_ids)
+    if all_names != plan.class_names:
+        number_of = {name: number for number, name in enumerate(all_names)}
+        kept = _renumbered(kept, [number_of[name] for name in plan.class_names])
     expected = Counts({}, plan.num_samples, plan.num_samples, plan.total_bytes)
     written = _write_cut(kept, folder, expected=expected, facts=facts, sizing=sizing, options=options)
     temp = folder / f".{REJECTS_NAME}.tmp"
@@ -321,6 +332,15 @@ def _without(tables: Iterator[Any], sample_ids: Iterator[Any]) -> Iterator[Any]:
         keep[here - first] = False
         yield table.filter(pa.array(keep))
         first = end
+
+
+def _renumbered(tables: Iterator[Any], label_of: list[int]) -> Iterator[Any]:
+    """The rows with label_of[label] in the place of each label; -1, which is none, stays."""
+    lookup = np.array([*label_of, -1], np.int32)
+    for table in tables:
+        labels = pa.array(lookup[table.column("label").to_numpy()], pa.int32())
+        place = table.schema.get_field_index("label")
+        yield table.set_column(place, table.schema.field("label"), labels)
 
 
 def _nothing_found(listing: Listing, filtered: dict[str, int]) -> str:

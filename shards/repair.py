@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, write_catalog
+from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, plan_id_of, write_catalog
 from linerate.shards.engines import default_num_workers, run_tasks
 from linerate.shards.errors import UserError
 from linerate.shards.out_folder import WORK_NAME, lock_folder, tidy_folder
@@ -71,7 +71,13 @@ def repair_shards(
     known = {reject[0] for mark in marks.values() for reject in mark.rejects}
     orphans = tuple(reject for reject in _placed(_old_rejects(root)).values() if reject[0] not in known)
     tasks = [
-        RepairTask(tar=str(root / file), shard=_number(file), plan_id=plan_id, decode=decode, rejects=orphans)
+        RepairTask(
+            tar=str(root / file),
+            shard=_number(file),
+            plan_id=plan_id_of(header | {"plan_id": plan_id}, _number(file)),
+            decode=decode,
+            rejects=orphans,
+        )
         for file in files
         if file not in marks
     ]
@@ -170,7 +176,9 @@ def _write_catalog(root: Path, header: dict[str, Any], marks: dict[str, ShardMar
             "max_width": max(mark.max_width for mark in kept.values()),
             "max_sample_bytes": max(mark.max_sample_bytes for mark in kept.values()),
             "options": dict(header.get("options") or {}),
+            "filtered": dict(header.get("filtered") or {}),
             "class_names": names,
+            **{key: header[key] for key in ("appends",) if key in header},
         },
         shards=pa.table(
             {

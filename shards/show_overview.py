@@ -52,7 +52,8 @@ def print_overview(overview: Overview, *, num_classes: int) -> None:
             _say(console, f"   {why}: such as {keys[0]}")
     if overview.rates:
         console.print(_rates_table(overview.rates))
-    _say(console, "options: " + ", ".join(f"{name}={value}" for name, value in overview.options.items()))
+    given = {name: value for name, value in overview.options.items() if value is not None}
+    _say(console, "options: " + ", ".join(f"{name}={value}" for name, value in given.items()))
 
 
 def print_answer(answer: Answer, *, num_rows: int) -> None:
@@ -147,9 +148,9 @@ def _rates_table(rates: PackRates) -> Table:
     ):
         table.add_row(name, ", ".join(f"{key} {show(value)}" for key, value in values.items()))
     table.add_row(
-        "work", f"{rates.num_shards} shards in {rates.seconds:,.1f} s of {rates.num_workers} workers"
+        "work", f"{rates.num_shards} shards in {rates.seconds:,.1f} s of work on {rates.num_hosts} hosts"
     )
-    table.add_row("memory", f"{show_bytes(rates.peak_rss_bytes)} at most in one worker")
+    table.add_row("memory", f"{show_bytes(rates.peak_rss_bytes)} at most in one process")
     slowest = ", ".join(
         f"{shard} ({rate:,.0f} samples/s, {seconds:,.1f} s)" for shard, seconds, rate in rates.slowest
     )

@@ -111,7 +111,7 @@ def _check_mark(catalog: Catalog, shard: int, table: Any) -> Iterator[Found]:
         yield ("the .parquet has no mark of a finished shard",)
         return
     expected = {
-        "plan_id": catalog.plan_id,
+        "plan_id": catalog.shard_plan_id(shard),
         "samples": int(catalog.shard_sizes[shard]),
         "tar_bytes": int(catalog.shard_bytes[shard]),
         "tar_xxh3": int(catalog.shard_xxh3[shard]),

@@ -119,23 +119,24 @@ def stats(**changed: Any) -> Any:
         "seconds": [1.0, 2.0, 4.0],
         "samples": [8, 8, 8],
         "rejects": [0, 0, 0],
-        "bytes": [800, 800, 800],
-        "worker": ["a", "b", "a"],
-        "peak_rss_bytes": [5, 7, 6],
+        "bytes_written": [800, 800, 800],
+        "host": ["a", "b", "a"],
+        "peak_rss_mib": [5.0, 7.0, 6.0],
     }
     return pa.table({**columns, **changed})
 
 
 def test_rates_come_from_the_statistics_that_packing_left(copied: Catalog, capsys: Capture) -> None:
+    (copied.root / STATS_NAME).unlink()
     assert summarize(copied).rates is None
     pq.write_table(stats(), copied.root / STATS_NAME)
     rates = summarize(copied).rates
     assert rates is not None
-    assert (rates.num_shards, rates.seconds, rates.num_workers, rates.peak_rss_bytes) == (3, 7.0, 2, 7)
+    assert (rates.num_shards, rates.seconds, rates.num_hosts, rates.peak_rss_bytes) == (3, 7.0, 2, 7 << 20)
     assert (rates.samples_per_s["min"], rates.samples_per_s["p50"], rates.samples_per_s["max"]) == (2, 4, 8)
     assert rates.bytes_per_s["max"] == 800
     assert rates.slowest == [(2, 4.0, 2.0), (1, 2.0, 4.0), (0, 1.0, 8.0)]
-    assert "3 shards in 7.0 s of 2 workers" in shown(capsys, copied.root)
+    assert "3 shards in 7.0 s of work on 2 hosts" in shown(capsys, copied.root)
     pq.write_table(stats().slice(0, 0), copied.root / STATS_NAME)
     assert summarize(copied).rates is None
 
