@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -85,6 +86,7 @@ class Catalog:
 
         Raises UserError when there is none, when it is of a newer version, and when it is cut short.
         """
+        _refuse_url(str(root))
         root = Path(root)
         header = _load_header(root)
         try:
@@ -174,6 +176,17 @@ def write_catalog(root: Path, *, header: Mapping[str, Any], shards: Any) -> None
     temp = root / f".{CATALOG_NAME}.tmp"
     temp.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync_rename(temp, root / CATALOG_NAME)
+
+
+def _refuse_url(root: str) -> None:
+    # As a Path, which the command line makes of it, a URL has lost its second slash.
+    if found := re.match(r"(s3|gs):/+(.*)", root):
+        scheme, rest = found.groups()
+        tool = "aws s3 cp" if scheme == "s3" else "gcloud storage cp"
+        raise UserError(
+            f"{scheme}://{rest} is not on this machine, and shards are looked at where they lie on a disk; "
+            f"copy them first: {tool} --recursive {scheme}://{rest} FOLDER"
+        )
 
 
 def _sync_rename(temp: Path, path: Path) -> None:

@@ -17,21 +17,27 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from linerate.shards import terminal
+from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.look_cli import main_beton, main_inspect, main_preview, main_verify
 from linerate.shards.options import PackOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackArgs(PackOptions):
+class PackArgs(PackOptions, FetchOptions):
     """Pack a folder of images, or tars of one, into shards: NAME-000042.tar with .idx and .parquet.
 
     The same command again continues where a killed one stopped.
     """
 
-    paths: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
+    paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
     """SOURCE: a folder (class folders become labels), or one or several tars (of class folders, or
-    WebDataset). OUT: the folder of the shards; new, empty, or begun by the same command."""
+    WebDataset). OUT: the folder of the shards; new, empty, or begun by the same command; or an s3:// or
+    gs:// URL."""
+    staging: Path | None = None
+    """Where OUT is a URL: the folder for the shards that are being packed, two for each worker; by default
+    under the system's temporary folder."""
     workers: int | None = None
     """Processes; by default one per core (none for little work). The bytes are the same for any number."""
     json: bool = False
@@ -54,15 +60,28 @@ def main_pack(argv: list[str]) -> int:
     args = terminal.parse_args(PackArgs, _paths_last(argv), prog="linerate shard pack")
     from linerate.shards.overview import summarize
     from linerate.shards.pack import pack
+    from linerate.shards.upload import is_remote
 
     if len(args.paths) < 2:
         raise UserError("`linerate shard pack SOURCE... OUT` needs a source and the folder for its shards")
     *sources, out = args.paths
     options = PackOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PackOptions)})
+    fetch = FetchOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FetchOptions)})
     started = time.perf_counter()
     with PackProgress() as bars:
-        catalog = pack(sources, out, options=options, num_workers=args.workers, on_progress=bars.advance)
+        catalog = pack(
+            sources,
+            out,
+            options=options,
+            num_workers=args.workers,
+            fetch=fetch,
+            staging=args.staging,
+            on_progress=bars.advance,
+        )
     seconds = time.perf_counter() - started
+    if is_remote(out):
+        _show_remote(out, catalog, bars.num_packed, seconds, json=args.json)
+        return 0
     overview = summarize(catalog)
     if args.json:
         rates = {"seconds": seconds, "packed_now": bars.num_packed}
@@ -82,6 +101,28 @@ def main_pack(argv: list[str]) -> int:
     table.add_row("time", f"{seconds:.1f} s{rate}")
     Console().print(table)
     return 0
+
+
+def _show_remote(url: str, catalog: Catalog, num_packed: int, seconds: float, *, json: bool) -> None:
+    """What is known of shards that lie in a bucket without asking for their indices."""
+    found = {
+        "root": url,
+        "num_shards": catalog.num_shards,
+        "num_samples": catalog.num_samples,
+        "num_planned": catalog.num_planned,
+        "num_rejected": catalog.num_rejected,
+        "num_bytes": int(catalog.shard_bytes.sum()),
+    }
+    if json:
+        terminal.emit_json(found | {"seconds": seconds, "packed_now": num_packed})
+        return
+    table = Table(title=url, title_justify="left", show_header=False, box=None)
+    table.add_row("samples", f"{catalog.num_samples:,}")
+    table.add_row("shards", f"{catalog.num_shards}, {show_bytes(float(catalog.shard_bytes.sum()))}")
+    table.add_row("rejected", f"{catalog.num_rejected:,}, see rejected.parquet")
+    rate = f", {num_packed / seconds:,.0f} images/s" if num_packed else ", nothing was left to do"
+    table.add_row("time", f"{seconds:.1f} s{rate}")
+    Console().print(table)
 
 
 def _paths_last(argv: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, write_catalog
 from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.options import PackOptions
 from linerate.shards.out_folder import (
     WORK_NAME,
@@ -32,6 +33,7 @@ from linerate.shards.out_folder import (
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
 from linerate.shards.plan import REJECT_SCHEMA, REJECTS_NAME, Plan, load_options, make_plan
 from linerate.shards.sources import Source, open_source
+from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
@@ -44,6 +46,8 @@ def pack(
     *,
     options: PackOptions | None = None,
     num_workers: int | None = None,
+    fetch: FetchOptions | None = None,
+    staging: Path | None = None,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
@@ -52,11 +56,20 @@ def pack(
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
     changes a byte.
+    fetch: how images that the source names by URL are fetched.
+    out: may be an s3:// or gs:// URL. Then `staging` holds the shards that are being packed, and in the end
+    the files of the catalog that comes back; the shards lie in the bucket.
     Raises UserError for what cannot work; nothing that `out` held before is touched then.
     """
     paths = [source] if isinstance(source, Path | str) else list(source)
     return pack_source(
-        open_source(paths), out, options=options, num_workers=num_workers, on_progress=on_progress
+        open_source(paths),
+        out,
+        options=options,
+        num_workers=num_workers,
+        fetch=fetch,
+        staging=staging,
+        on_progress=on_progress,
     )
 
 
@@ -66,15 +79,34 @@ def pack_source(
     *,
     options: PackOptions | None = None,
     num_workers: int | None = None,
+    fetch: FetchOptions | None = None,
+    staging: Path | None = None,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
     options = options or PackOptions()
-    out = Path(out)
+
+    def pack_into(folder: Path, upload_to: str) -> Catalog:
+        return _pack_folder(
+            opened, folder, upload_to, options, fetch or FetchOptions(), num_workers, on_progress
+        )
+
+    return pack_through(str(out), staging, pack_into) if is_remote(out) else pack_into(Path(out), "")
+
+
+def _pack_folder(
+    opened: Source,
+    out: Path,
+    upload_to: str,
+    options: PackOptions,
+    fetch: FetchOptions,
+    num_workers: int | None,
+    on_progress: Progress,
+) -> Catalog:
     made = claim_folder(out, sources=opened.containers)
     with lock_folder(out):
         try:
-            return _pack_locked(opened, out, options, num_workers, on_progress)
+            return _pack_locked(opened, out, upload_to, options, fetch, num_workers, on_progress)
         except _NothingKeptError as error:
             remove_marks(out, options.name)
             raise UserError(str(error)) from None
@@ -87,7 +119,13 @@ class _NothingKeptError(UserError):
 
 
 def _pack_locked(
-    source: Source, out: Path, options: PackOptions, num_workers: int | None, on_progress: Progress
+    source: Source,
+    out: Path,
+    upload_to: str,
+    options: PackOptions,
+    fetch: FetchOptions,
+    num_workers: int | None,
+    on_progress: Progress,
 ) -> Catalog:
     remove_stale(out)
     _refuse_other_options(out, options)
@@ -99,10 +137,12 @@ def _pack_locked(
             out=os.fspath(out),
             name=options.name,
             policy=options.policy,
+            fetch=fetch,
+            upload_to=upload_to,
         )
         for shard in range(plan.num_shards)
     ]
-    marks = {task.shard: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
+    marks = load_marks(tasks, plan)
     todo = [task for task in tasks if task.shard not in marks]
     if not todo and (out / CATALOG_NAME).exists():
         remove_work(out)
@@ -111,7 +151,10 @@ def _pack_locked(
     on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    require_space(out, num_bytes=num_bytes)
+    if upload_to:
+        publish_plan(upload_to, out)
+    else:
+        require_space(out, num_bytes=num_bytes)
 
     def on_done(index: int, mark: ShardMark) -> None:
         marks[mark.shard] = mark
@@ -131,6 +174,13 @@ def _pack_locked(
     if failures:
         raise _failed({todo[i].shard: f for i, f in failures.items()}, done=len(marks), total=len(tasks))
     return finish(out, plan, [marks[task.shard] for task in tasks], options)
+
+
+def load_marks(tasks: list[ShardTask], plan: Plan) -> dict[int, ShardMark]:
+    """The marks of the tasks whose shards are whole, by the shards' numbers."""
+    if tasks[0].upload_to:
+        return load_marks_there(tasks, plan_id=plan.plan_id)
+    return {task.shard: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
 
 
 def finish(out: Path, plan: Plan, marks: list[ShardMark], options: PackOptions) -> Catalog:

@@ -24,6 +24,7 @@ from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
 from linerate.shards.tar_writer import TarWriter
+from linerate.shards.upload import send_shard
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -52,6 +53,8 @@ class ShardTask:
     name: str
     policy: ImagePolicy
     fetch: FetchOptions = field(default_factory=FetchOptions)
+    upload_to: str = ""
+    """URL that the whole shard is sent to; `out` is a staging folder then."""
 
     @property
     def stem(self) -> Path:
@@ -171,6 +174,8 @@ def finish_shard(packed: PackedShard) -> ShardMark:
     except BaseException:
         remove_temps(task)
         raise
+    if task.upload_to:
+        send_shard(task, packed.mark)
     return packed.mark
 
 
