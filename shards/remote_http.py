@@ -203,6 +203,7 @@ class _Connection:
         self._sock = sock
         self._timeout_s = timeout_s
         self._deadline = 0.0
+        self._limit_s = 0.0
         self._head_bytes: int | None = None
 
     def ask(self, request: bytes, deadline: float) -> HTTPResponse:
@@ -242,7 +243,10 @@ class _Connection:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self._sock.settimeout(min(left, self._timeout_s))
+        limit_s = min(left, self._timeout_s)
+        if limit_s != self._limit_s:  # a system call
+            self._sock.settimeout(limit_s)
+            self._limit_s = limit_s
 
 
 class _Stream(io.RawIOBase):

@@ -163,7 +163,7 @@ def test_other_options_than_those_that_lie_there_are_refused(
     store: Any, photo_folder: Path, packed_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     pack_there(photo_folder, tmp_path)
-    with pytest.raises(UserError, match="OUT s3://shards/in1k was begun with other options: --seed was 7, now 8"):
+    with pytest.raises(UserError, match=r"OUT s3://shards/in1k was begun with .*: --seed was 7, now 8"):
         pack_there(photo_folder, tmp_path, options=PackOptions(seed=8, shard_samples=8))
     assert stored(store) == packed_files
 
