@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +86,32 @@ def pack_source(
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
     options = options or PackOptions()
+    effort = Effort(num_workers=num_workers, fetch=fetch or FetchOptions(), on_progress=on_progress)
+    if not is_remote(out):
+        return _pack_folder(opened, Path(out), options, effort)
 
-    def pack_into(folder: Path, upload_to: str) -> Catalog:
-        return _pack_folder(
-            opened, folder, upload_to, options, fetch or FetchOptions(), num_workers, on_progress
-        )
+    def pack_into(folder: Path, url: str) -> Catalog:
+        return _pack_folder(opened, folder, options, dataclasses.replace(effort, upload_to=url))
 
-    return pack_through(str(out), staging, pack_into) if is_remote(out) else pack_into(Path(out), "")
+    return pack_through(str(out), staging, pack_into)
 
 
-def _pack_folder(
-    opened: Source,
-    out: Path,
-    upload_to: str,
-    options: PackOptions,
-    fetch: FetchOptions,
-    num_workers: int | None,
-    on_progress: Progress,
-) -> Catalog:
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How the work is done; nothing here changes a byte."""
+
+    num_workers: int | None = None
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    upload_to: str = ""
+    """URL that whole shards are sent to; OUT is a staging folder then."""
+    on_progress: Progress = lambda stage, amount: None
+
+
+def _pack_folder(opened: Source, out: Path, options: PackOptions, effort: Effort) -> Catalog:
     made = claim_folder(out, sources=opened.containers)
     with lock_folder(out):
         try:
-            return _pack_locked(opened, out, upload_to, options, fetch, num_workers, on_progress)
+            return _pack_locked(opened, out, options, effort)
         except _NothingKeptError as error:
             remove_marks(out, options.name)
             raise UserError(str(error)) from None
@@ -118,18 +123,10 @@ class _NothingKeptError(UserError):
     pass
 
 
-def _pack_locked(
-    source: Source,
-    out: Path,
-    upload_to: str,
-    options: PackOptions,
-    fetch: FetchOptions,
-    num_workers: int | None,
-    on_progress: Progress,
-) -> Catalog:
+def _pack_locked(source: Source, out: Path, options: PackOptions, effort: Effort) -> Catalog:
     remove_stale(out)
     _refuse_other_options(out, options)
-    plan = _plan(source, out, options, on_progress)
+    plan = _plan(source, out, options, effort.on_progress)
     tasks = [
         ShardTask(
             plan_folder=os.fspath(plan.folder),
@@ -137,8 +134,8 @@ def _pack_locked(
             out=os.fspath(out),
             name=options.name,
             policy=options.policy,
-            fetch=fetch,
-            upload_to=upload_to,
+            fetch=effort.fetch,
+            upload_to=effort.upload_to,
         )
         for shard in range(plan.num_shards)
     ]
@@ -148,11 +145,11 @@ def _pack_locked(
         remove_work(out)
         return Catalog.load(out)
     # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
-    on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
+    effort.on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    if upload_to:
-        publish_plan(upload_to, out)
+    if effort.upload_to:
+        publish_plan(effort.upload_to, out)
     else:
         require_space(out, num_bytes=num_bytes)
 
@@ -164,10 +161,10 @@ def _pack_locked(
             "linerate.shards.pack_shard:run_task",
             todo,
             num_workers=choose_num_workers(
-                num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash
+                effort.num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash
             ),
             on_done=on_done,
-            on_progress=lambda samples: on_progress("pack", samples),
+            on_progress=lambda samples: effort.on_progress("pack", samples),
         )
     except StoppedError as stop:
         raise _stopped(out, stop.failure, done=len(marks), total=len(tasks)) from None
