@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.inspect_image import RejectedError
@@ -26,6 +27,9 @@ _FILE_IS_BAD = frozenset(
 )
 # A pipe in a manifest must not hold up the task until somebody writes to it.
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+# In metadata, JSON text included: up to the last @ before the path.
+_USERINFO = r"""(?i)(https?://)[^/?#"\s]*@"""
 
 Room = Callable[[int], memoryview]
 """Called with a size: that many writable bytes and one more."""
@@ -158,11 +162,20 @@ class SampleReader:
 
 
 def hide_userinfo(rows: Any, containers: Sequence[str]) -> Any:
-    """The rows of a task, with no name and password left in the keys that are URLs."""
+    """The rows of a task, with no name and password of a URL left in keys and metadata."""
     if URL_CONTAINER not in containers:
         return rows
     keys = [without_userinfo(key) for key in rows.column("key").to_pylist()]
-    return rows.set_column(rows.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
+    rows = rows.set_column(rows.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
+    for number, field in enumerate(rows.schema):
+        if field.name not in ("key", "path") and _is_text(field.type):
+            plain = pc.replace_substring_regex(rows.column(number), pattern=_USERINFO, replacement=r"\1")
+            rows = rows.set_column(number, field, plain)
+    return rows
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind))
 
 
 def _remote_reader(

@@ -147,8 +147,24 @@ def test_urls_files_and_members_come_in_the_order_of_the_rows(tmp_path: Path) ->
                 assert [read(reader, size) for size in (3, 4, 3, 2)] == [b"url", b"file", b"url", b"il"]
 
 
-def test_keys_that_are_urls_lose_name_and_password() -> None:
-    rows = pa.table({"key": ["http://me:secret@a.org/x?y", "b.jpg"], "label": [1, 2]})
+def test_keys_and_metadata_lose_name_and_password_of_urls() -> None:
+    url = "http://me@corp:secret@a.org/x?y"
+    rows = pa.table(
+        {
+            "key": [url, "b.jpg", "http://me:sec/ret@a.org"],
+            "path": pa.array([url.encode(), b"b.jpg", b"c"]),
+            "extra_json": pa.array([f'{{"url":"{url}","mail":"a@b.org"}}'.encode(), None, b"{}"]),
+            "page": [f"see {url.upper()}", None, "http://a.org/@me"],
+            "likes": [1, 2, 3],
+        }
+    )
     hidden = hide_userinfo(rows, [URL_CONTAINER])
-    assert hidden.to_pydict() == {"key": ["http://a.org/x?y", "b.jpg"], "label": [1, 2]}
+    assert hidden.schema == rows.schema
+    assert hidden.to_pydict() == {
+        "key": ["http://a.org/x?y", "b.jpg", "http://..."],
+        "path": [url.encode(), b"b.jpg", b"c"],  # what is asked for
+        "extra_json": [b'{"url":"http://a.org/x?y","mail":"a@b.org"}', None, b"{}"],
+        "page": ["see HTTP://A.ORG/X?Y", None, "http://a.org/@me"],
+        "likes": [1, 2, 3],
+    }
     assert hide_userinfo(rows, ["/"]) is rows
