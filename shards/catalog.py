@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,6 +91,7 @@ class Catalog:
 
         Raises UserError when there is none, when it is of a newer version, and when it is cut short.
         """
+        _refuse_url(str(root))
         root = Path(root)
         header = _load_header(root)
         try:
@@ -202,6 +204,17 @@ def _without_unfinished(table: Any, header: Mapping[str, Any]) -> Any:
     counted = table.slice(0, int(header["num_shards"]))
     whole = pc.sum(counted.column("samples")).as_py() == int(header["num_samples"])
     return counted if whole else table
+
+
+def _refuse_url(root: str) -> None:
+    # As a Path, which the command line makes of it, a URL has lost its second slash.
+    if found := re.match(r"(s3|gs):/+(.*)", root):
+        scheme, rest = found.groups()
+        tool = "aws s3 cp" if scheme == "s3" else "gcloud storage cp"
+        raise UserError(
+            f"{scheme}://{rest} is not on this machine, and shards are looked at where they lie on a disk; "
+            f"copy them first: {tool} --recursive {scheme}://{rest} FOLDER"
+        )
 
 
 def _sync_rename(temp: Path, path: Path) -> None:

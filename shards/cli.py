@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 from linerate.shards import terminal
 from linerate.shards.errors import UserError, show_bytes
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.look_cli import main_beton, main_inspect, main_preview, main_verify
 from linerate.shards.options import PackOptions
 from linerate.shards.plan import DEFAULT_MEMORY
@@ -29,16 +30,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackArgs(PackOptions):
+class PackArgs(PackOptions, FetchOptions):
     """Pack a folder of images, or tars of one, into shards: NAME-000042.tar with .idx and .parquet.
 
     The same command again continues where a killed one stopped.
     """
 
-    paths: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
+    paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
     """SOURCE: a folder (class folders become labels), one or several tars (of class folders, or
     WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs). OUT: the
-    folder of the shards; new, empty, or begun by the same command."""
+    folder of the shards; new, empty, or begun by the same command; or an s3:// or gs:// URL."""
+    staging: Path | None = None
+    """Where OUT is a URL: the folder for the shards that are being packed, two for each worker; by default
+    under the system's temporary folder."""
     memory: str = DEFAULT_MEMORY
     """What planning may take of the memory; the list of more images spills into OUT."""
     append: bool = False
@@ -79,15 +83,17 @@ def main_pack(argv: list[str]) -> int:
     args = terminal.parse_args(PackArgs, _paths_last(argv), prog="linerate shard pack")
     from linerate.shards.engines import Engine
     from linerate.shards.pack import pack
+    from linerate.shards.upload import is_remote
     from linerate.shards.worker_index import choose_part
 
     if len(args.paths) < 2:
         raise UserError("`linerate shard pack SOURCE... OUT` needs a source and the folder for its shards")
     *sources, out = args.paths
     options = PackOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PackOptions)})
+    fetch = FetchOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FetchOptions)})
     engine = Engine(kind=args.engine, ray_address=args.ray_address)
     if part := choose_part(args.worker_index, args.worker_count):
-        return _pack_part(args, options, engine, part)
+        return _pack_part(args, options, fetch, engine, part)
     started = time.perf_counter()
     with PackProgress() as bars:
         catalog = pack(
@@ -98,13 +104,18 @@ def main_pack(argv: list[str]) -> int:
             engine=engine,
             append=args.append,
             memory=args.memory,
+            fetch=fetch,
+            staging=args.staging,
             on_progress=bars.advance,
         )
+    if is_remote(out):
+        _show_remote(out, catalog, bars.num_packed, time.perf_counter() - started, json=args.json)
+        return 0
     _tell(catalog, args, num_packed=bars.num_packed, seconds=time.perf_counter() - started)
     return 0
 
 
-def _pack_part(args: PackArgs, options: PackOptions, engine: Engine, part: Part) -> int:
+def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine: Engine, part: Part) -> int:
     from linerate.shards.manifest import open_any_source
     from linerate.shards.pack import Effort
     from linerate.shards.worker_index import pack_part
@@ -118,7 +129,11 @@ def _pack_part(args: PackArgs, options: PackOptions, engine: Engine, part: Part)
             options=options,
             append=args.append,
             effort=Effort(
-                num_workers=args.workers, engine=engine, memory=args.memory, on_progress=bars.advance
+                num_workers=args.workers,
+                engine=engine,
+                memory=args.memory,
+                fetch=fetch,
+                on_progress=bars.advance,
             ),
             on_wait=lambda whom: terminal.stderr.print(f"waiting for the plan, which {whom} makes"),
             wait_limit_s=args.plan_wait_s,
@@ -190,6 +205,28 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
     if isinstance(args, PackArgs):
         rate = f", {num_packed / seconds:,.0f} images/s" if num_packed else ", nothing was left to do"
         table.add_row("time", f"{seconds:.1f} s{rate}")
+    Console().print(table)
+
+
+def _show_remote(url: str, catalog: Catalog, num_packed: int, seconds: float, *, json: bool) -> None:
+    """What is known of shards that lie in a bucket without asking for their indices."""
+    found = {
+        "root": url,
+        "num_shards": catalog.num_shards,
+        "num_samples": catalog.num_samples,
+        "num_planned": catalog.num_planned,
+        "num_rejected": catalog.num_rejected,
+        "num_bytes": int(catalog.shard_bytes.sum()),
+    }
+    if json:
+        terminal.emit_json(found | {"seconds": seconds, "packed_now": num_packed})
+        return
+    table = Table(title=url, title_justify="left", show_header=False, box=None)
+    table.add_row("samples", f"{catalog.num_samples:,}")
+    table.add_row("shards", f"{catalog.num_shards}, {show_bytes(float(catalog.shard_bytes.sum()))}")
+    table.add_row("rejected", f"{catalog.num_rejected:,}, see rejected.parquet")
+    rate = f", {num_packed / seconds:,.0f} images/s" if num_packed else ", nothing was left to do"
+    table.add_row("time", f"{seconds:.1f} s{rate}")
     Console().print(table)
 
 

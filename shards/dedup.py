@@ -20,7 +20,8 @@ import xxhash
 
 from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
-from linerate.shards.fetch import SampleReader
+from linerate.shards.fetch import SampleReader, hide_userinfo
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import Sizing
 from linerate.shards.plan import Plan, make_plan_without
@@ -37,6 +38,8 @@ class HashTask:
     plan_folder: str
     shard: int
     folder: str
+    max_bytes: int
+    fetch: FetchOptions
 
     @property
     def path(self) -> Path:
@@ -51,16 +54,25 @@ def drop_equal_images(
     sizing: Sizing,
     num_workers: int | None,
     memory: str,
+    max_bytes: int = 1 << 30,
+    fetch: FetchOptions | None = None,
     on_progress: Callable[[int], None] = lambda images: None,
 ) -> Plan:
     """The plan less images whose bytes another has; each is a reject, `duplicate of KEY`.
 
     Of equal images the first by key stays. folder: for the hashes; those of this very plan are used again.
+    max_bytes: images of more are left to packing, which rejects them. fetch: how URLs are fetched.
     Raises UserError where the source as a whole cannot be read.
     """
     folder.mkdir(exist_ok=True)
     tasks = [
-        HashTask(plan_folder=os.fspath(plan.folder), shard=shard, folder=os.fspath(folder))
+        HashTask(
+            plan_folder=os.fspath(plan.folder),
+            shard=shard,
+            folder=os.fspath(folder),
+            max_bytes=max_bytes,
+            fetch=fetch or FetchOptions(),
+        )
         for shard in range(plan.num_shards)
     ]
     todo = [task for task in tasks if not _is_done(task, plan.plan_id)]
@@ -88,16 +100,17 @@ def drop_equal_images(
 def run_hash_task(task: HashTask, report: Callable[[int], None]) -> Callable[[], None]:
     """Hash the images of one planned shard into its file."""
     plan = Plan.load(Path(task.plan_folder))
-    rows = plan.load_rows(task.shard)
+    rows = hide_userinfo(plan.load_rows(task.shard), plan.containers)
     first = plan.first_sample_id(task.shard)
     sizes: list[int] = rows.column("size").to_pylist()
     hashes: list[bytes | None] = []
-    with SampleReader(rows, plan.containers) as reader:
-        for row, size in enumerate(sizes):
+    with SampleReader(rows, plan.containers, max_bytes=task.max_bytes, options=task.fetch) as reader:
+        for row in range(len(sizes)):
             if row % _REPORT_EVERY == 0 and row:
                 report(_REPORT_EVERY)
             try:
-                hashes.append(xxhash.xxh3_128_digest(_read(reader, size)))
+                sizes[row], digest = _hash_next(reader)
+                hashes.append(digest)
             except RejectedError:
                 hashes.append(None)
     report((len(sizes) - 1) % _REPORT_EVERY + 1)
@@ -105,7 +118,7 @@ def run_hash_task(task: HashTask, report: Callable[[int], None]) -> Callable[[],
         {
             "sample_id": pa.array(range(first, first + len(sizes)), pa.int64()),
             "key": rows.column("key"),
-            "size": rows.column("size"),
+            "size": pa.array(sizes, pa.int64()),
             # Null where the image cannot be read: packing will say why.
             "xxh3_128": pa.array(hashes, pa.binary()),
         }
@@ -114,10 +127,17 @@ def run_hash_task(task: HashTask, report: Callable[[int], None]) -> Callable[[],
     return functools.partial(_write, table, task.path)
 
 
-def _read(reader: SampleReader, size: int) -> memoryview:
-    room = memoryview(bytearray(size + 1))
-    reader.read_next(room)
-    return room[:size]
+def _hash_next(reader: SampleReader) -> tuple[int, bytes]:
+    """(bytes, hash) of the next image."""
+    held = memoryview(b"")
+
+    def room(size: int) -> memoryview:
+        nonlocal held
+        held = memoryview(bytearray(size + 1))
+        return held
+
+    size = reader.read_next(room)
+    return size, xxhash.xxh3_128_digest(held[:size])
 
 
 def _write(table: Any, path: Path) -> None:

@@ -22,6 +22,8 @@ class ImagePolicy:
     also DALI's CPU decoder, the last word on what training can read."""
     max_pixels: int = 100_000_000
     """Images of more pixels are rejected: they would eat the memory of every decoder."""
+    max_image_bytes: int = 100_000_000
+    """Images of more bytes are rejected; fetching of one ends there, whatever its server says."""
     min_side: int = 1
     """Images whose shorter side has fewer pixels are rejected."""
     resize: int | None = None
@@ -40,7 +42,7 @@ class ImagePolicy:
     pixels' bytes; only the orientation stays. What is written anew never has any of it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "min_side"):
+        for name in ("max_pixels", "max_image_bytes", "min_side"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, at least 1 is needed")
         if self.resize is not None and self.resize < 8:

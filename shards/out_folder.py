@@ -24,6 +24,11 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 _OURS = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.(tar|idx|parquet)|(shards|rejected|pack_stats)\.parquet|\..*\.tmp")
 
 
+def is_ours(name: str) -> bool:
+    """May a file of this name lie in a folder of shards?"""
+    return _OURS.fullmatch(name) is not None
+
+
 def claim_folder(out: Path, *, sources: list[Path]) -> bool:
     """Make `out` where it is missing (returns True), refuse it where it holds something else."""
     for source in sources:
@@ -36,7 +41,7 @@ def claim_folder(out: Path, *, sources: list[Path]) -> bool:
     made = not out.exists()
     if not made:
         names = {entry.name for entry in out.iterdir()}
-        if not names & {CATALOG_NAME, WORK_NAME} and (foreign := sorted(filterfalse(_OURS.fullmatch, names))):
+        if not names & {CATALOG_NAME, WORK_NAME} and (foreign := sorted(filterfalse(is_ours, names))):
             some = ", ".join(foreign[:3])
             raise UserError(f"OUT {out} holds something else ({some}); give a folder that is new or empty")
     try:

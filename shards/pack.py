@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from linerate.shards.catalog import CATALOG_NAME, Catalog
 from linerate.shards.dedup import drop_equal_images
 from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.finish import finish
 from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import ImagePolicy, PackOptions
@@ -33,6 +35,7 @@ from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
+from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
@@ -48,6 +51,8 @@ def pack(
     engine: Engine = LOCAL,
     append: bool = False,
     memory: str = DEFAULT_MEMORY,
+    fetch: FetchOptions | None = None,
+    staging: Path | None = None,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
@@ -60,13 +65,22 @@ def pack(
     with the next numbers, and nothing that is there is touched but the catalog, last. Classes keep their
     numbers, new ones come after them.
     memory: that planning may take, such as `4GB`; a longer list spills into OUT.
+    fetch: how images that the source names by URL are fetched.
+    out: may be an s3:// or gs:// URL. Then `staging` holds the shards that are being packed, and in the end
+    the files of the catalog that comes back; the shards lie in the bucket.
     Raises UserError for what cannot work; nothing that `out` held before is touched then.
     """
     paths = [source] if isinstance(source, Path | str) else list(source)
     options = options or PackOptions()
-    effort = Effort(num_workers=num_workers, engine=engine, memory=memory, on_progress=on_progress)
+    effort = Effort(
+        num_workers=num_workers,
+        engine=engine,
+        memory=memory,
+        fetch=fetch or FetchOptions(),
+        on_progress=on_progress,
+    )
     opened = open_any_source(paths, columns=options.manifest_columns)
-    return pack_source(opened, out, options=options, effort=effort, append=append)
+    return pack_source(opened, out, options=options, effort=effort, append=append, staging=staging)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +90,9 @@ class Effort:
     num_workers: int | None = None
     engine: Engine = LOCAL
     memory: str = DEFAULT_MEMORY
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    upload_to: str = ""
+    """URL that whole shards are sent to; OUT is a staging folder then."""
     on_progress: Progress = lambda stage, amount: None
 
 
@@ -86,9 +103,27 @@ def pack_source(
     options: PackOptions | None = None,
     effort: Effort | None = None,
     append: bool = False,
+    staging: Path | None = None,
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
-    options, effort, out = options or PackOptions(), effort or Effort(), Path(out)
+    options, effort = options or PackOptions(), effort or Effort()
+    if not is_remote(out):
+        return _pack_folder(opened, Path(out), options, effort, append=append)
+    if append:
+        raise UserError(
+            f"--append adds to shards in a folder, OUT is {out}; copy them to a disk, append there, and copy "
+            f"the new files back, catalog.json last"
+        )
+
+    def pack_into(folder: Path, url: str) -> Catalog:
+        return _pack_folder(opened, folder, options, dataclasses.replace(effort, upload_to=url), append=False)
+
+    return pack_through(str(out), staging, pack_into)
+
+
+def _pack_folder(
+    opened: Source | ManifestSource, out: Path, options: PackOptions, effort: Effort, *, append: bool
+) -> Catalog:
     made = claim_folder(out, sources=opened.containers)
     with lock_folder(out):
         try:
@@ -105,7 +140,7 @@ def _pack_locked(
 ) -> Catalog:
     remove_stale(out)
     plan, base = prepare(source, out, options, effort, append=append)
-    tasks = plan_tasks(plan, out, asdict(options), base)
+    tasks = plan_tasks(plan, out, asdict(options), base, effort)
     marks = load_marks(tasks, plan)
     if len(marks) == len(tasks) and (out / CATALOG_NAME).exists() and not base:
         remove_work(out)
@@ -127,8 +162,11 @@ def prepare(
     return _plan(source, out, options, wanted, base, effort), base
 
 
-def plan_tasks(plan: Plan, out: Path, options: dict[str, Any], base: Base | None) -> list[ShardTask]:
+def plan_tasks(
+    plan: Plan, out: Path, options: dict[str, Any], base: Base | None, effort: Effort | None = None
+) -> list[ShardTask]:
     """One task for each shard of the plan, in order."""
+    effort = effort or Effort()
     policy = ImagePolicy(**{field.name: options[field.name] for field in fields(ImagePolicy)})
     return [
         ShardTask(
@@ -139,6 +177,8 @@ def plan_tasks(plan: Plan, out: Path, options: dict[str, Any], base: Base | None
             policy=policy,
             first_shard=base.first_shard if base else 0,
             first_sample_id=base.first_sample_id if base else 0,
+            fetch=effort.fetch,
+            upload_to=effort.upload_to,
         )
         for shard in range(plan.num_shards)
     ]
@@ -146,6 +186,8 @@ def plan_tasks(plan: Plan, out: Path, options: dict[str, Any], base: Base | None
 
 def load_marks(tasks: list[ShardTask], plan: Plan) -> dict[int, ShardMark]:
     """The marks of the tasks whose shards are whole, by the shards' numbers."""
+    if tasks[0].upload_to:
+        return load_marks_there(tasks, plan_id=plan.plan_id)
     return {task.number: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
 
 
@@ -165,7 +207,10 @@ def pack_missing(
     effort.on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    require_space(out, num_bytes=num_bytes)
+    if effort.upload_to:
+        publish_plan(effort.upload_to, out)
+    else:
+        require_space(out, num_bytes=num_bytes)
 
     def on_done(index: int, result: tuple[ShardMark, ShardStats]) -> None:
         mark, stats = result
@@ -245,6 +290,8 @@ def _plan(
             sizing=options.sizing,
             num_workers=effort.num_workers,
             memory=effort.memory,
+            max_bytes=options.max_image_bytes,
+            fetch=effort.fetch,
         )
     if before is not None and before[0] != plan.plan_id:
         raise UserError(

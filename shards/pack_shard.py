@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 import xxhash
 
 from linerate.shards.careful import careful_judge
-from linerate.shards.fetch import SampleReader
+from linerate.shards.fetch import SampleReader, hide_userinfo
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.image_policy import Judge, make_judge
 from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
 from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.tar_writer import TarWriter
+from linerate.shards.upload import send_shard
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -57,6 +59,9 @@ class ShardTask:
     """Number of the plan's first shard among the files: others lie before it where this is an append."""
     first_sample_id: int = 0
     """Of the plan's first sample, likewise."""
+    fetch: FetchOptions = field(default_factory=FetchOptions)
+    upload_to: str = ""
+    """URL that the whole shard is sent to; `out` is a staging folder then."""
 
     @property
     def number(self) -> int:
@@ -125,7 +130,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
     Raises OSError when the folder takes no more, or when the source fails as a whole.
     """
     plan = Plan.load(Path(task.plan_folder))
-    rows = plan.load_rows(task.shard)
+    rows = hide_userinfo(plan.load_rows(task.shard), plan.containers)
     first_sample_id = task.first_sample_id + plan.first_sample_id(task.shard)
     temp_tar = _temp_name(task, ".tar")
     fd = os.open(temp_tar, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -133,8 +138,8 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
         writer = TarWriter(fd)
         columns = write_samples(
             writer,
+            SampleReader(rows, plan.containers, max_bytes=task.policy.max_image_bytes, options=task.fetch),
             rows,
-            containers=plan.containers,
             first_sample_id=first_sample_id,
             judge=_judge_for(task),
             report=report,
@@ -182,6 +187,8 @@ def finish_shard(packed: PackedShard) -> ShardMark:
     except BaseException:
         remove_temps(task)
         raise
+    if task.upload_to:
+        send_shard(task, packed.mark)
     return packed.mark
 
 
@@ -226,9 +233,9 @@ def remove_temps(task: ShardTask) -> None:
 
 def write_samples(
     writer: TarWriter,
+    source: SampleReader,
     rows: Any,
     *,
-    containers: list[str],
     first_sample_id: int,
     judge: Judge,
     report: Callable[[int], None] = lambda samples: None,
@@ -239,17 +246,17 @@ def write_samples(
     sizes: list[int] = rows.column("size").to_pylist()
     labels: list[int] = rows.column("label").to_pylist()
     extras: list[bytes | None] = rows.column("extra_json").to_pylist()
-    with SampleReader(rows, containers) as reader:
+    with source as reader:
         for row, size in enumerate(sizes):
             if row % REPORT_EVERY == 0 and row:
                 report(REPORT_EVERY)
-            room = writer.room(size)
             try:
-                reader.read_next(room)
+                size = reader.read_next(writer.room)
+                room = writer.room(size)  # the same bytes: nothing was committed in between
                 taken = judge(room[:size])
             except RejectedError as reject:
                 columns.rejects.append(
-                    (first_sample_id + row, keys[row].as_py(), size, reject.reason, reject.detail)
+                    (first_sample_id + row, keys[row].as_py(), max(size, 0), reject.reason, reject.detail)
                 )
                 continue
             if taken.jpeg is not None:

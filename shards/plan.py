@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,8 @@ class Plan:
     """Rows that each filter left out."""
     own_keys: bool = False
     """Are keys something else than the paths?"""
+    sources: list[str] = field(default_factory=list)
+    """What was listed: absolute paths of the folder, the tars or the manifests."""
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -84,6 +87,11 @@ class Plan:
         """Arrow table of this shard's rows (the scan's columns, then metadata), in order of sample_id."""
         with pq.ParquetFile(rows_path(self.folder, shard)) as file:
             return with_paths(file.read_row_group(shard % SHARDS_PER_FILE))
+
+
+def absolute_paths(source: Source | ManifestSource) -> list[str]:
+    """What is read to list a source, as Plan.sources has it."""
+    return [os.fspath(Path(path).absolute()) for path in source.containers]
 
 
 def load_options(folder: Path) -> dict[str, Any]:
@@ -139,6 +147,7 @@ def make_plan(
             containers=listing.containers,
             filtered=dict(counts.filtered),
             own_keys=listing.own_keys,
+            sources=absolute_paths(source),
         )
         tables = first_rows(settle(batches, drop=drop), selection.limit)
         written = _write_cut(tables, folder, expected=expected, facts=facts, sizing=sizing, options=options)
@@ -175,6 +184,7 @@ def make_plan_without(
         containers=plan.containers,
         filtered=dict(plan.filtered),
         own_keys=plan.own_keys,
+        sources=plan.sources,
         num_source_rejects=plan.num_source_rejects,
     )
     kept = _without(load_plan_rows(folder), sample_ids)
@@ -205,6 +215,7 @@ class _Facts:
     containers: list[str]
     filtered: dict[str, int]
     own_keys: bool
+    sources: list[str]
     num_source_rejects: int = 0
 
 

@@ -29,9 +29,10 @@ from linerate.shards.pack import (
     refuse_other_options,
 )
 from linerate.shards.pack_shard import ShardTask
-from linerate.shards.plan import HEADER_NAME, Plan, load_options
+from linerate.shards.plan import HEADER_NAME, Plan, absolute_paths, load_options
 from linerate.shards.shard_stats import StatsLog
 from linerate.shards.sources import Source
+from linerate.shards.upload import is_remote
 
 POLL_S = 0.5
 STALE_S = 3600.0
@@ -119,6 +120,11 @@ def pack_part(
     Any number of workers of the same count may run at the same time, on any hosts.
     Raises UserError for other options, another source or count than those of the workers before.
     """
+    if is_remote(out):
+        raise UserError(
+            f"--worker-index needs an OUT that all workers share as a folder, not {out}; pack into one and "
+            f"copy it, catalog.json last, or leave --worker-index out"
+        )
     options, effort, out = options or PackOptions(), effort or Effort(), Path(out)
     if effort.engine.kind != "local":
         raise UserError(
@@ -134,7 +140,7 @@ def pack_part(
                 plan = _shared_plan(source, out, options, effort, append=append)
         except NothingNewError:
             return PartReport(num_shards=0, mine=0, packed_now=0, finished=True)
-        tasks = plan_tasks(plan, out, asdict(options), load_base(out))
+        tasks = plan_tasks(plan, out, asdict(options), load_base(out), effort)
         mine = [task for task in tasks if task.shard % part.count == part.index]
         _remove_stale(mine)
         marks = load_marks(mine, plan)
@@ -205,10 +211,10 @@ def _shared_plan(
         raise UserError(f"what is under way in {out} {kind}; repeat the command of the other workers")
     refuse_other_options(out, asdict(options) | (base.options if base else {}), base)
     plan = Plan.load(work)
-    given = [os.fspath(Path(path).absolute()) for path in source.containers]
-    if given != plan.containers:
+    given = absolute_paths(source)
+    if given != plan.sources:
         raise UserError(
-            f"the plan in {out} is of {', '.join(plan.containers[:3])}, not of {', '.join(given[:3])}; give "
+            f"the plan in {out} is of {', '.join(plan.sources[:3])}, not of {', '.join(given[:3])}; give "
             f"every worker the same source, at the same place"
         )
     return plan

@@ -7,10 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from tests.shards.servers import serve
 
 from linerate.shards import fetch
-from linerate.shards.fetch import SampleReader
+from linerate.shards.fetch import SampleReader, hide_userinfo
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.inspect_image import RejectedError
+from linerate.shards.remote_url import URL_CONTAINER
 
 
 def table(rows: list[tuple[bytes, int, int, int]]) -> Any:
@@ -22,7 +25,7 @@ def table(rows: list[tuple[bytes, int, int, int]]) -> Any:
 
 def read(reader: SampleReader, size: int) -> bytes:
     buffer = bytearray(size + 1)
-    reader.read_next(memoryview(buffer))
+    assert reader.read_next(lambda size: memoryview(buffer)) == size
     return bytes(buffer[:size])
 
 
@@ -100,3 +103,68 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fetch.os, "readv", lambda fd, views: readv(fd, [views[0][:3]]))
     with SampleReader(table([(b"a.jpg", 0, 0, 10)]), [str(tmp_path)]) as reader:
         assert read(reader, 10) == b"0123456789"
+
+
+def test_a_file_of_unknown_size_is_measured_when_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    rows = table([(str(tmp_path / "a.jpg").encode()[1:], 0, 0, -1), (b"none.jpg", 0, 0, -1)])
+    with SampleReader(rows, ["/"]) as reader:
+        assert read(reader, 5) == b"12345"
+        with pytest.raises(RejectedError, match="unreadable: No such file"):
+            read(reader, 0)
+
+
+def test_a_pipe_a_device_and_a_folder_hold_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    rows = [(b"pipe", 0, 0, -1), (b"pipe", 0, 0, 7), (b"dev/zero", 1, 0, -1), (b".", 0, 0, -1)]
+    before = num_open_files()
+    with SampleReader(table(rows), [str(tmp_path), "/"]) as reader:
+        for said in ("not a regular file", "Illegal seek", "not a regular file", "not a regular file"):
+            with pytest.raises(RejectedError, match=f"unreadable: {said}"):
+                read(reader, 0)
+    assert num_open_files() == before
+
+
+def test_an_image_of_too_many_bytes_is_rejected_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    rows = table([(b"a.jpg", 0, 0, 5), (b"a.jpg", 0, 0, -1), (b"", 1, 0, 5), (b"", 1, 0, 4)])
+    with SampleReader(rows, [str(tmp_path), str(tmp_path / "a.jpg")], max_bytes=4) as reader:
+        for _ in range(3):
+            with pytest.raises(RejectedError, match="too many bytes: 5 exceeds 4"):
+                read(reader, 5)
+        assert read(reader, 4) == b"1234"
+
+
+def test_urls_files_and_members_come_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"file")
+    options = FetchOptions(allow_private=True)
+    with serve({"u.jpg": b"url"}) as server:
+        url = server.url("ok/u.jpg").encode()
+        rows = table([(url, 0, 0, -1), (b"a.jpg", 1, 0, -1), (url, 0, 0, 999), (b"", 2, 1, 2)] * 5)
+        containers = [URL_CONTAINER, str(tmp_path), str(tmp_path / "a.jpg")]
+        with SampleReader(rows, containers, options=options) as reader:
+            for _ in range(5):
+                assert [read(reader, size) for size in (3, 4, 3, 2)] == [b"url", b"file", b"url", b"il"]
+
+
+def test_keys_and_metadata_lose_name_and_password_of_urls() -> None:
+    url = "http://me@corp:secret@a.org/x?y"
+    rows = pa.table(
+        {
+            "key": [url, "b.jpg", "http://me:sec/ret@a.org"],
+            "path": pa.array([url.encode(), b"b.jpg", b"c"]),
+            "extra_json": pa.array([f'{{"url":"{url}","mail":"a@b.org"}}'.encode(), None, b"{}"]),
+            "page": [f"see {url.upper()}", None, "http://a.org/@me"],
+            "likes": [1, 2, 3],
+        }
+    )
+    hidden = hide_userinfo(rows, [URL_CONTAINER])
+    assert hidden.schema == rows.schema
+    assert hidden.to_pydict() == {
+        "key": ["http://a.org/x?y", "b.jpg", "http://..."],
+        "path": [url.encode(), b"b.jpg", b"c"],  # what is asked for
+        "extra_json": [b'{"url":"http://a.org/x?y","mail":"a@b.org"}', None, b"{}"],
+        "page": ["see HTTP://A.ORG/X?Y", None, "http://a.org/@me"],
+        "likes": [1, 2, 3],
+    }
+    assert hide_userinfo(rows, ["/"]) is rows

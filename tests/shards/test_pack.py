@@ -450,6 +450,7 @@ def test_the_catalog_records_all_options(packed: Catalog) -> None:
         "min_shards": 16,
         "check": "header",
         "max_pixels": 100_000_000,
+        "max_image_bytes": 100_000_000,
         "min_side": 1,
         "resize": None,
         "quality": 90,
