@@ -32,6 +32,9 @@ class PackArgs(PackOptions):
     paths: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
     """SOURCE: a folder (class folders become labels), or one or several tars (of class folders, or
     WebDataset). OUT: the folder of the shards; new, empty, or begun by the same command."""
+    ground_truth: Path | None = None
+    """The classes of ImageNet's validation set: its devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's
+    LOC_val_solution.csv, or a text of one wnid per image in the order of their names."""
     workers: int | None = None
     """Processes; by default one per core (none for little work). The bytes are the same for any number."""
     json: bool = False
@@ -61,7 +64,14 @@ def main_pack(argv: list[str]) -> int:
     options = PackOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PackOptions)})
     started = time.perf_counter()
     with PackProgress() as bars:
-        catalog = pack(sources, out, options=options, num_workers=args.workers, on_progress=bars.advance)
+        catalog = pack(
+            sources,
+            out,
+            options=options,
+            ground_truth=args.ground_truth,
+            num_workers=args.workers,
+            on_progress=bars.advance,
+        )
     seconds = time.perf_counter() - started
     overview = summarize(catalog)
     if args.json:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, Catalog, write_catalog
 from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.imagenet import LabelledSource, load_ground_truth
 from linerate.shards.options import PackOptions
 from linerate.shards.out_folder import (
     WORK_NAME,
@@ -43,21 +44,24 @@ def pack(
     out: Path | str,
     *,
     options: PackOptions | None = None,
+    ground_truth: Path | None = None,
     num_workers: int | None = None,
     on_progress: Progress = lambda stage, amount: None,
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
 
     source: a folder of images (class folders become labels), or one or several tars of one.
+    ground_truth: a file that says the classes of images that no folder tells, see imagenet.py.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
     changes a byte.
     Raises UserError for what cannot work; nothing that `out` held before is touched then.
     """
     paths = [source] if isinstance(source, Path | str) else list(source)
-    return pack_source(
-        open_source(paths), out, options=options, num_workers=num_workers, on_progress=on_progress
-    )
+    opened = open_source(paths)
+    if ground_truth is not None:
+        opened = LabelledSource(opened, load_ground_truth(ground_truth))
+    return pack_source(opened, out, options=options, num_workers=num_workers, on_progress=on_progress)
 
 
 def pack_source(
