@@ -114,7 +114,7 @@ def _paths_last(argv: list[str]) -> list[str]:
 
 
 class PackProgress:
-    """A bar for listing the source, then one for packing it, from pack()'s progress calls."""
+    """Bars for listing the source, reading its tars, and packing it, from pack()'s progress calls."""
 
     def __init__(self) -> None:
         self.num_packed = 0
@@ -128,11 +128,10 @@ class PackProgress:
         self._stack.close()
 
     def advance(self, stage: str, amount: float) -> None:
-        if stage == "plan":
+        if stage in ("to spill", "plan"):
             self._stack.close()
-            self._advance = self._stack.enter_context(
-                terminal.progress("packing", total=amount, unit="images")
-            )
+            what = "packing" if stage == "plan" else "reading the tars"
+            self._advance = self._stack.enter_context(terminal.progress(what, total=amount, unit="images"))
             return
         if stage == "list" and self._advance is None:
             self._advance = self._stack.enter_context(

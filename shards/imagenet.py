@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import re
 import tarfile
 import zlib
@@ -60,7 +61,7 @@ class LabelledSource:
 
     def _classes(self) -> dict[str, str]:
         stems = sorted(_stem(row.key) for row in self.source.rows() if isinstance(row, SourceRow))
-        for a, b in zip(stems, stems[1:], strict=False):
+        for a, b in itertools.pairwise(stems):
             if a == b:
                 raise UserError(
                     f"{self.truth.path} labels images by name, but the source has {a} more than once; give a "

@@ -33,10 +33,12 @@ from linerate.shards.out_folder import (
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
 from linerate.shards.plan import REJECT_SCHEMA, REJECTS_NAME, Plan, load_options, make_plan
 from linerate.shards.sources import Source, open_source
+from linerate.shards.spill import prepare_tasks, spilled_bytes
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
-"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since)."""
+"""Called with ("list", rows listed since); where tars are spilled with ("to spill", about how many) and
+("spill", samples read since); then with ("plan", samples to do), ("pack", samples done since)."""
 
 
 def pack(
@@ -111,22 +113,25 @@ def _pack_locked(
     if not todo and (out / CATALOG_NAME).exists():
         remove_work(out)
         return Catalog.load(out)
-    # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
-    on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    require_space(out, num_bytes=num_bytes)
+    require_space(out, num_bytes=num_bytes - spilled_bytes(plan))
+    num_workers = choose_num_workers(num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash)
 
     def on_done(index: int, mark: ShardMark) -> None:
         marks[mark.shard] = mark
+        spill.shard_is_whole(mark.shard)
 
     try:
+        spill = prepare_tasks(
+            plan, [task.shard for task in todo], num_workers=num_workers, on_progress=on_progress
+        )
+        # Of what is left alone: shards that an earlier call finished would show as a rate nobody reached.
+        on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
         failures = run_tasks(
             "linerate.shards.pack_shard:run_task",
             todo,
-            num_workers=choose_num_workers(
-                num_workers, num_bytes=plan.total_bytes, may_crash=options.may_crash
-            ),
+            num_workers=num_workers,
             on_done=on_done,
             on_progress=lambda samples: on_progress("pack", samples),
         )

@@ -22,6 +22,7 @@ from linerate.shards.image_policy import Judge, make_judge
 from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
+from linerate.shards.spill import spilled_rows
 from linerate.shards.tar_writer import TarWriter
 
 INDEX_SCHEMA = pa.schema(
@@ -113,7 +114,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
     Raises OSError when the folder takes no more, or when the source fails as a whole.
     """
     plan = Plan.load(Path(task.plan_folder))
-    rows = plan.load_rows(task.shard)
+    rows, containers = spilled_rows(plan, plan.load_rows(task.shard), task.shard)
     temp_tar = _temp_name(task, ".tar")
     fd = os.open(temp_tar, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -121,7 +122,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
         columns = write_samples(
             writer,
             rows,
-            containers=plan.containers,
+            containers=containers,
             first_sample_id=plan.first_sample_id(task.shard),
             judge=_judge_for(task),
             report=report,

@@ -1,4 +1,4 @@
-"""Tars read in place: of an image folder, of tars of class folders, or WebDataset samples (jpg, json, ...)."""
+"""Tars read in place: of an image folder, of tars of its classes, or WebDataset samples (jpg, cls, json)."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class _OpenTar:
             members[name] = item
             if len(members) + len(rejects) > MAX_MEMBERS:
                 raise UserError(
-                    f"the tar {self._tar} has more than {MAX_MEMBERS:,} members, which must be held in memory "
-                    f"to tell doubles and classes; give it as several tars"
+                    f"the tar {self._tar} has more than {MAX_MEMBERS:,} members, which are held in memory to "
+                    f"tell doubles and classes; give it as several tars"
                 )
         return members, rejects
 
@@ -141,13 +141,15 @@ class _OpenTar:
                 if reject := judge_name(image_key, image.size):
                     yield reject
                     continue
-                name, label = _parse_label(_read_small(fd, fields["cls"]) if "cls" in fields else b"")
-                if name is None and label < 0:
-                    name = class_name
+                stated, label = _parse_label(_read_small(fd, fields["cls"]) if "cls" in fields else b"")
+                if stated is None and label < 0:
+                    stated = class_name
                 extra, problem = _metadata(fd, fields)
                 if problem:
                     yield SourceReject(prefix + key, len(extra or b""), *problem)
-                yield SourceRow(image_key, b"", self._container, image.offset, image.size, name, label, extra)
+                yield SourceRow(
+                    image_key, b"", self._container, image.offset, image.size, stated, label, extra
+                )
 
 
 def _key_and_field(name: str) -> tuple[str, str]:
@@ -188,7 +190,7 @@ def _parse_label(text: bytes) -> tuple[str | None, int]:
 
 
 def _metadata(fd: int, fields: dict[str, Member]) -> tuple[bytes | None, tuple[str, str] | None]:
-    """(JSON of a sample, what is wrong with what it was given): a .txt is its caption, if no .json has one."""
+    """(JSON of a sample, what is wrong with it): a .txt is the caption where no .json has one."""
     stored = _read_small(fd, fields["json"]) if "json" in fields else None
     if "txt" not in fields or (stored and b'"caption"' in stored):
         return stored, None
