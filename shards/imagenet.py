@@ -153,14 +153,11 @@ def _read_devkit(path: Path, stored: bytes) -> tuple[list[str], bytes]:
         if len(unpacked) > MAX_BYTES:
             raise UserError(f"--ground-truth {path} unpacks to more than {MAX_BYTES} bytes; {_WAYS}")
         found: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                if (
-                    name in (_IDS_NAME, _META_NAME)
-                    and member.isreg()
-                    and (data := archive.extractfile(member))
-                ):
+                wanted = name in (_IDS_NAME, _META_NAME) and member.isreg() and member.size <= MAX_BYTES
+                if wanted and (data := archive.extractfile(member)):
                     found.setdefault(name, data.read())
     except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
         if isinstance(error, UserError):

@@ -119,7 +119,8 @@ def _behind_sparse_map(fd: int, pos: int, end: int) -> int:
 def is_tar(path: Path, *, within: Member | None = None) -> bool:
     """Does this file, or this member of it, begin with the header of a tar member, uncompressed?"""
     with path.open("rb") as file:
-        header = os.pread(file.fileno(), BLOCK, within.offset if within else 0)
+        place = (min(BLOCK, within.size), within.offset) if within else (BLOCK, 0)
+        header = os.pread(file.fileno(), *place)
     return len(header) == BLOCK and _sum_agrees(header)
 
 
