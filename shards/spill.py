@@ -2,8 +2,8 @@
 
 The plan's order is random, so packing a large tar from where it lies costs one ranged read per image. Here
 pieces of the tars are read in their order, and every sample is appended to the bucket of its shard. A bucket
-is a run of shards that fits into memory: the random order is met there. Where all that is wanted of the tars
-fits into memory it is read ahead instead, and nothing is written.
+is a run of shards that fits into memory: the random order is met there. Tars that fit into memory as a whole
+are read ahead instead, and nothing is written.
 
 `OUT/.pack/spill/layout.json` says how the plan was cut; `spill/0007/0003` is what piece 3 has for bucket 7:
 the samples' bytes, then (row of the plan, offset) of each in order of the rows, then how many those are. A
@@ -13,6 +13,8 @@ is in no part is read from its tar, so the shards' bytes do not depend on any of
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -39,7 +41,10 @@ from linerate.shards.spill_layout import (
 )
 from linerate.shards.spill_task import SpillTask, load_index
 
+# Tars of so many bytes are read ahead on any machine, and up to this share of the free memory on larger ones.
 READ_WHOLE_BYTES = 256 << 20
+READ_WHOLE_SHARE = 0.25
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -69,11 +74,10 @@ def prepare_tasks(
     """
     folder = plan.folder / SPILL_NAME
     layout = make_layout(plan) if shards else None
-    if layout is None or layout.row_bytes <= READ_WHOLE_BYTES:
+    if layout is None or layout.row_bytes <= whole_bytes():
         shutil.rmtree(folder, ignore_errors=True)
-        for container, start in enumerate(layout.starts if layout else ()):
-            if start >= 0:
-                read_ahead(Path(plan.containers[container]))
+        if layout:
+            _read_whole(plan, layout, on_progress)
         return Spill(folder)
     if Layout.load(plan) != layout:
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,6 +104,29 @@ def prepare_tasks(
     return spill
 
 
+def whole_bytes() -> int:
+    """How much of tars may be read into memory and will stay there until it is packed."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((CONTROL_GROUP / name).read_text(encoding="ascii")))
+    return max(READ_WHOLE_BYTES, int(READ_WHOLE_SHARE * min(limits, default=0)))
+
+
+def _read_whole(plan: Plan, layout: Layout, on_progress: Callable[[str, float], None]) -> None:
+    on_progress("to spill", layout.rows)
+    bounds = [start for start in layout.starts if start >= 0] + [layout.total]
+    tars = [path for path, start in zip(plan.containers, layout.starts, strict=True) if start >= 0]
+    for path, (begin, end) in zip(tars, itertools.pairwise(bounds), strict=True):
+        for at in range(0, end - begin, READ_WHOLE_BYTES):
+            size = min(READ_WHOLE_BYTES, end - begin - at)
+            read_ahead(Path(path), at, size)
+            on_progress("spill", layout.rows * size / layout.total)
+
+
 def spilled_bytes(plan: Plan) -> int:
     """Disk space that a spill takes now and that packing will free."""
     parts = (plan.folder / SPILL_NAME).glob("[0-9]*/[0-9]*")
@@ -123,7 +150,7 @@ def spilled_rows(plan: Plan, rows: Any, shard: int) -> tuple[Any, list[str]]:
         begin, end = np.searchsorted(index[:, 0], (first, first + len(rows)))
         if begin == end:
             continue
-        read_ahead(part)
+        read_ahead(part, 0, part.stat().st_size)
         container[index[begin:end, 0] - first] = len(containers)
         offset[index[begin:end, 0] - first] = index[begin:end, 1]
         containers.append(os.fspath(part))

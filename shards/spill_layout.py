@@ -102,10 +102,10 @@ def part_path(folder: Path, bucket: int, piece: int) -> Path:
     return folder / f"{bucket:04d}" / f"{piece:04d}"
 
 
-def read_ahead(path: Path) -> None:
-    """Ask for a whole file in its order; the kernel reads it while the caller goes on."""
+def read_ahead(path: Path, start: int, size: int) -> None:
+    """Ask for a stretch of a file in its order; the kernel reads it while the caller goes on."""
     with path.open("rb") as file:
-        advise(file.fileno(), 0, path.stat().st_size, "WILLNEED")
+        advise(file.fileno(), start, start + size, "WILLNEED")
 
 
 def advise(fd: int, start: int, end: int, what: str) -> None:

@@ -51,7 +51,7 @@ SMALL = {"BUCKET_BYTES": 10_000, "PIECE_BYTES": 9_000}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that 60 KB of tars are spilled from several pieces into several buckets."""
-    monkeypatch.setattr(spill, "READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr(spill, "whole_bytes", lambda: 0)
     for name, value in SMALL.items():
         monkeypatch.setattr(spill_layout, name, value)
 
@@ -127,15 +127,41 @@ def test_progress_of_the_spill_counts_every_sample(small: None, tars: Path, tmp_
     assert seen == {"list": 40, "to spill": 40, "spill": 40, "plan": 40, "pack": 40}
 
 
-def test_what_fits_into_memory_is_not_spilled(
-    direct: Catalog, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_fits_into_memory_is_read_in_its_order_and_not_spilled(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ahead = []
-    monkeypatch.setattr(spill, "read_ahead", ahead.append)
-    plan = spilled(tars, tmp_path / "out")
-    assert ahead == [tars / "0.tar", tars / "1.tar"]
-    assert not (plan.folder / "spill").exists()
-    assert make_layout(plan)
+    asked: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(spill, "read_ahead", lambda path, at, size: asked.append((path.name, at, size)))
+    monkeypatch.setattr(spill, "READ_WHOLE_BYTES", 16_000)
+    seen: dict[str, float] = {}
+
+    def count(stage: str, amount: float) -> None:
+        seen[stage] = seen.get(stage, 0) + amount
+
+    pack(tars, tmp_path / "out", options=OPTIONS, num_workers=0, on_progress=count)
+    sizes = [(tars / name).stat().st_size for name in ("0.tar", "1.tar")]
+    assert asked == [
+        (f"{tar}.tar", at, min(16_000, size - at))
+        for tar, size in enumerate(sizes)
+        for at in range(0, size, 16_000)
+    ]
+    assert seen.pop("spill") == pytest.approx(40)
+    assert seen == {"list": 40, "to spill": 40, "plan": 40, "pack": 40}
+
+
+def test_a_quarter_of_the_free_memory_may_be_read_ahead_and_no_container_is_outgrown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "CONTROL_GROUP", tmp_path)
+    free = spill.whole_bytes()
+    assert free >= spill.READ_WHOLE_BYTES
+    (tmp_path / "memory.max").write_text("max\n")
+    assert spill.whole_bytes() >= spill.READ_WHOLE_BYTES
+    (tmp_path / "memory.max").write_text("4000\n")
+    monkeypatch.setattr(spill, "READ_WHOLE_BYTES", 10)
+    assert spill.whole_bytes() == 1000
+    (tmp_path / "memory.max").write_text("20\n")
+    assert spill.whole_bytes() == 10
 
 
 def test_a_folder_has_nothing_to_spill(small: None, photo_folder: Path, tmp_path: Path) -> None:
@@ -165,7 +191,8 @@ def counted(call):
 for name in ("writev", "write", "open", "fdatasync", "replace"):
     setattr(os, name, counted(getattr(os, name)))
 Path.replace = counted(Path.replace)
-spill.READ_WHOLE_BYTES, spill_layout.BUCKET_BYTES, spill_layout.PIECE_BYTES = 0, 10_000, 9_000
+spill.whole_bytes = lambda: 0
+spill_layout.BUCKET_BYTES, spill_layout.PIECE_BYTES = 10_000, 9_000
 pack(sys.argv[1], sys.argv[2], options=PackOptions(seed=7, shard_samples=8), num_workers=0)
 print(left)
 """
@@ -326,7 +353,7 @@ def test_a_tar_that_shrank_after_it_was_listed_costs_the_samples_that_it_lost(
     rejects = []
     for whole in (0, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spill, "READ_WHOLE_BYTES", whole)
+            patch.setattr(spill, "whole_bytes", lambda whole=whole: whole)
             shutil.copytree(tars, moved, dirs_exist_ok=True)
             out = tmp_path / f"out{whole}"
             pack(moved, out, options=OPTIONS, num_workers=0, on_progress=shrink)
