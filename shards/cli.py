@@ -40,6 +40,9 @@ class PackArgs(PackOptions, FetchOptions):
     """SOURCE: a folder (class folders become labels), one or several tars (of class folders, or
     WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs). OUT: the
     folder of the shards; new, empty, or begun by the same command; or an s3:// or gs:// URL."""
+    ground_truth: Path | None = None
+    """The classes of ImageNet's validation set: its devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's
+    LOC_val_solution.csv, or a text of one wnid per image in the order of their names."""
     staging: Path | None = None
     """Where OUT is a URL: the folder for the shards that are being packed, two for each worker; by default
     under the system's temporary folder."""
@@ -100,6 +103,7 @@ def main_pack(argv: list[str]) -> int:
             sources,
             out,
             options=options,
+            ground_truth=args.ground_truth,
             num_workers=args.workers,
             engine=engine,
             append=args.append,
@@ -116,14 +120,13 @@ def main_pack(argv: list[str]) -> int:
 
 
 def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine: Engine, part: Part) -> int:
-    from linerate.shards.manifest import open_any_source
-    from linerate.shards.pack import Effort
+    from linerate.shards.pack import Effort, open_labelled
     from linerate.shards.worker_index import pack_part
 
     *sources, out = args.paths
     with PackProgress() as bars:
         report = pack_part(
-            open_any_source(sources, columns=options.manifest_columns),
+            open_labelled(sources, options, ground_truth=args.ground_truth),
             out,
             part,
             options=options,
@@ -250,7 +253,7 @@ def _paths_last(argv: list[str]) -> list[str]:
 
 
 class PackProgress:
-    """A bar for listing the source, then one for packing it, from pack()'s progress calls."""
+    """Bars for listing the source, reading its tars, and packing it, from pack()'s progress calls."""
 
     def __init__(self) -> None:
         self.num_packed = 0
@@ -264,11 +267,10 @@ class PackProgress:
         self._stack.close()
 
     def advance(self, stage: str, amount: float) -> None:
-        if stage == "plan":
+        if stage in ("to spill", "plan"):
             self._stack.close()
-            self._advance = self._stack.enter_context(
-                terminal.progress("packing", total=amount, unit="images")
-            )
+            what = "packing" if stage == "plan" else "reading the tars"
+            self._advance = self._stack.enter_context(terminal.progress(what, total=amount, unit="images"))
             return
         if stage == "list" and self._advance is None:
             self._advance = self._stack.enter_context(

@@ -19,6 +19,7 @@ from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_work
 from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.finish import finish
+from linerate.shards.imagenet import LabelledSource, load_ground_truth
 from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.out_folder import (
@@ -35,6 +36,7 @@ from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
+from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
 from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
 from linerate.shards.worker import TaskFailure
 
@@ -47,6 +49,7 @@ def pack(
     out: Path | str,
     *,
     options: PackOptions | None = None,
+    ground_truth: Path | None = None,
     num_workers: int | None = None,
     engine: Engine = LOCAL,
     append: bool = False,
@@ -58,6 +61,7 @@ def pack(
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
 
     source: a folder of images (class folders become labels), one or several tars of one, or manifests.
+    ground_truth: a file that says the classes of images that no folder tells, see imagenet.py.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
     changes a byte, and neither does the engine.
@@ -79,8 +83,22 @@ def pack(
         fetch=fetch or FetchOptions(),
         on_progress=on_progress,
     )
-    opened = open_any_source(paths, columns=options.manifest_columns)
+    opened = open_labelled(paths, options, ground_truth=ground_truth)
     return pack_source(opened, out, options=options, effort=effort, append=append, staging=staging)
+
+
+def open_labelled(
+    paths: Sequence[Path | str], options: PackOptions, *, ground_truth: Path | None = None
+) -> Source | ManifestSource:
+    """The source that these paths make, with the classes of a ground truth where one is given."""
+    opened = open_any_source(paths, columns=options.manifest_columns)
+    if ground_truth is None:
+        return opened
+    if isinstance(opened, ManifestSource):
+        raise UserError(
+            "--ground-truth labels folders and tars; a manifest has a column for it: --label-column"
+        )
+    return LabelledSource(opened, load_ground_truth(ground_truth))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,32 +218,42 @@ def pack_missing(
     options: PackOptions,
     effort: Effort,
     log: StatsLog,
+    spill_tars: bool = True,
 ) -> None:
-    """Pack the tasks that `marks` lacks and add theirs. Raises UserError when some cannot be packed."""
+    """Pack the tasks that `marks` lacks and add theirs. Raises UserError when some cannot be packed.
+
+    spill_tars: read large tars front to back into buckets first; without it every image where it lies.
+    """
     todo = [task for task in tasks if task.number not in marks]
-    # Of what is left alone: shards that an earlier call finished would show as a rate that nobody reached.
-    effort.on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
     if effort.upload_to:
         publish_plan(effort.upload_to, out)
     else:
-        require_space(out, num_bytes=num_bytes)
+        require_space(out, num_bytes=num_bytes - spilled_bytes(plan))
+
+    spill = Spill(plan.folder)
 
     def on_done(index: int, result: tuple[ShardMark, ShardStats]) -> None:
         mark, stats = result
         marks[mark.shard] = mark
         log.add(index, stats)
+        spill.shard_is_whole(todo[index].shard)
 
-    num_workers = effort.num_workers
-    if effort.engine.kind == "local":
-        source_bytes = plan.total_bytes * len(tasks) // plan.num_shards
-        num_workers = choose_num_workers(num_workers, num_bytes=source_bytes, may_crash=options.may_crash)
+    source_bytes = plan.total_bytes * len(tasks) // plan.num_shards
+    local_workers = choose_num_workers(
+        effort.num_workers, num_bytes=source_bytes, may_crash=options.may_crash
+    )
     try:
+        if spill_tars:
+            shards = [task.shard for task in todo]
+            spill = prepare_tasks(plan, shards, num_workers=local_workers, on_progress=effort.on_progress)
+        # Of what is left alone: shards that an earlier call finished would show as a rate nobody reached.
+        effort.on_progress("plan", plan.num_samples * len(todo) // plan.num_shards)
         failures = run_tasks(
             "linerate.shards.shard_stats:run_task",
             todo,
-            num_workers=num_workers,
+            num_workers=local_workers if effort.engine.kind == "local" else effort.num_workers,
             on_done=on_done,
             on_progress=lambda samples: effort.on_progress("pack", samples),
             on_retry=log.retried,

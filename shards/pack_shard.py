@@ -26,6 +26,7 @@ from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
 from linerate.shards.scan import SCAN_SCHEMA
+from linerate.shards.spill import spilled_rows
 from linerate.shards.tar_writer import TarWriter
 from linerate.shards.upload import send_shard
 
@@ -130,7 +131,8 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
     Raises OSError when the folder takes no more, or when the source fails as a whole.
     """
     plan = Plan.load(Path(task.plan_folder))
-    rows = hide_userinfo(plan.load_rows(task.shard), plan.containers)
+    rows, containers = spilled_rows(plan, plan.load_rows(task.shard), task.shard)
+    rows = hide_userinfo(rows, containers)
     first_sample_id = task.first_sample_id + plan.first_sample_id(task.shard)
     temp_tar = _temp_name(task, ".tar")
     fd = os.open(temp_tar, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -138,7 +140,7 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
         writer = TarWriter(fd)
         columns = write_samples(
             writer,
-            SampleReader(rows, plan.containers, max_bytes=task.policy.max_image_bytes, options=task.fetch),
+            SampleReader(rows, containers, max_bytes=task.policy.max_image_bytes, options=task.fetch),
             rows,
             first_sample_id=first_sample_id,
             judge=_judge_for(task),

@@ -1,6 +1,6 @@
 """The members of a tar by its headers alone, ten times as fast as the standard library's reader.
 
-Knows USTAR, GNU long names and PAX paths and sizes; checks every header's sum.
+Knows USTAR, GNU long names, PAX paths and sizes, and tars inside a tar; checks every header's sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from linerate.shards.errors import UserError
 
 BLOCK = 512
-MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a PAX record; the longest path has 4096
+MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a PAX record
+MAX_NAME_BYTES = 4096  # the longest path that a file system takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class OtherMember:
-    """A link, device or sparse file inside a tar; folders are not listed."""
+    """A link, device, sparse file or overlong name inside a tar; folders are not listed."""
 
     name: bytes
     kind: str
@@ -44,18 +45,17 @@ _KINDS = {
 }
 
 
-def read_members(tar: Path) -> Iterator[Member | OtherMember]:
-    """List what is in an uncompressed tar, in its order.
+def read_members(tar: Path, *, within: Member | None = None) -> Iterator[Member | OtherMember]:
+    """List what is in an uncompressed tar, in its order; `within` a member of it that is itself a tar.
 
-    Raises UserError when it is cut short or damaged: where a header is wrong, nothing behind it is known.
+    Offsets count from the start of the file in either case. Raises UserError when the tar is cut short or
+    damaged: where a header is wrong, nothing behind it is known.
     """
     with tar.open("rb") as file:
         fd = file.fileno()
-        total = os.fstat(fd).st_size
-        pos = 0
-        name: bytes | None = None  # from a GNU or PAX header, for the member that follows
-        size_says: int | None = None
-        while header := os.pread(fd, BLOCK, pos):
+        pos, end = (within.offset, within.offset + within.size) if within else (0, os.fstat(fd).st_size)
+        said = _Said()
+        while header := os.pread(fd, min(BLOCK, max(end - pos, 0)), pos):
             if header.count(0) == BLOCK:
                 return
             kind = header[156:157]
@@ -66,31 +66,61 @@ def read_members(tar: Path) -> Iterator[Member | OtherMember]:
                     raise _damaged(tar, pos, f"{size} bytes of extended header")
                 extension = os.pread(fd, size, data)
                 if kind == b"L":
-                    name = extension.rstrip(b"\0")
+                    said.name = extension.rstrip(b"\0")
                 elif kind == b"x":
-                    name, size_says = _pax(tar, extension, pos, name)
+                    said = _pax(tar, extension, pos, said)
                 pos = data + _padded(size)
                 continue
-            size = size if size_says is None else size_says
-            member_name = (_ustar_name(header) if name is None else name).removeprefix(b"./")
-            name = size_says = None
+            size = size if said.size is None else said.size
+            name = (_ustar_name(header) if said.name is None else said.name).removeprefix(b"./")
             if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
                 size = 0  # some writers state a link's target's size; no data follows
-            if data + size > total:
-                raise _damaged(tar, pos, f"{member_name!r} should end at byte {data + size} of {total}")
-            if kind in (b"0", b"\0", b"7") and not member_name.endswith(b"/"):
-                yield Member(member_name, data, size)
-            elif kind not in (b"5", b"0", b"\0"):
-                yield OtherMember(member_name, _KINDS.get(kind, f"type {kind!r}"))
+            elif kind == b"S" and header[482]:
+                data = _behind_sparse_map(fd, data, end)
+            kind, said = (b"S" if said.sparse else kind), _Said()
+            if data + size > end:
+                raise _damaged(tar, pos, f"{name[:100]!r} should end at byte {data + size} of {end}")
+            if item := _member(name, kind, data, size):
+                yield item
             pos = data + _padded(size)
-        if pos != total:
-            raise _damaged(tar, pos, f"the file ends at byte {total}")
+        if pos != end:
+            raise _damaged(tar, pos, f"the {'inner tar' if within else 'file'} ends at byte {end}")
 
 
-def is_tar(path: Path) -> bool:
-    """Does this file begin with the header of a tar member, uncompressed?"""
+@dataclass(slots=True)
+class _Said:
+    """What GNU and PAX headers say of the member that follows them."""
+
+    name: bytes | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+def _member(name: bytes, kind: bytes, data: int, size: int) -> Member | OtherMember | None:
+    if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
+        if len(name) > MAX_NAME_BYTES:
+            return OtherMember(name[:100] + b"...", f"a name of {len(name)} bytes")
+        return Member(name, data, size)
+    if kind in (b"5", b"0", b"\0"):
+        return None
+    return OtherMember(name[:MAX_NAME_BYTES], _KINDS.get(kind, f"type {kind!r}"))
+
+
+def _behind_sparse_map(fd: int, pos: int, end: int) -> int:
+    """Where the data of an old GNU sparse file begins: its map may go on in blocks of its own."""
+    more = True
+    while more and pos < end:
+        block = os.pread(fd, BLOCK, pos)
+        more = len(block) == BLOCK and block[504] != 0
+        pos += BLOCK
+    return pos
+
+
+def is_tar(path: Path, *, within: Member | None = None) -> bool:
+    """Does this file, or this member of it, begin with the header of a tar member, uncompressed?"""
     with path.open("rb") as file:
-        header = file.read(BLOCK)
+        place = (min(BLOCK, within.size), within.offset) if within else (BLOCK, 0)
+        header = os.pread(file.fileno(), *place)
     return len(header) == BLOCK and _sum_agrees(header)
 
 
@@ -112,7 +142,9 @@ def _checked_size(tar: Path, header: bytes, pos: int) -> int:
         try:
             size = int(digits.strip(b" \0") or b"0", 8)
         except ValueError:
-            raise _damaged(tar, pos, f"the size reads {digits!r}") from None
+            size = -1
+        if size < 0:
+            raise _damaged(tar, pos, f"the size reads {digits!r}")
     return size
 
 
@@ -124,9 +156,8 @@ def _ustar_name(header: bytes) -> bytes:
     return name
 
 
-def _pax(tar: Path, records: bytes, pos: int, name: bytes | None) -> tuple[bytes | None, int | None]:
-    """(path, size) that a PAX header sets for the next member."""
-    size: int | None = None
+def _pax(tar: Path, records: bytes, pos: int, said: _Said) -> _Said:
+    """What a PAX header adds to what is said of the next member."""
     start = 0
     try:
         while start < len(records):
@@ -135,13 +166,17 @@ def _pax(tar: Path, records: bytes, pos: int, name: bytes | None) -> tuple[bytes
             if length < 5 or start + length > len(records):
                 raise ValueError
             if key == b"path":
-                name = value
+                said.name = value
             elif key == b"size":
-                size = int(value)
+                said.size = int(value)
+                if said.size < 0:
+                    raise ValueError
+            elif key.startswith(b"GNU.sparse."):
+                said.sparse = True
             start += length
     except (ValueError, IndexError):
         raise _damaged(tar, pos, "an extended header that cannot be read") from None
-    return name, size
+    return said
 
 
 def _padded(size: int) -> int:

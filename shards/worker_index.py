@@ -146,7 +146,8 @@ def pack_part(
         marks = load_marks(mine, plan)
         before = len(marks)
         log = StatsLog(out / WORK_NAME / f"stats-{part.index}-of-{part.count}.jsonl")
-        pack_missing(out, plan, mine, marks, options=options, effort=effort, log=log)
+        # Each worker would read all of the tars for its share of them.
+        pack_missing(out, plan, mine, marks, options=options, effort=effort, log=log, spill_tars=False)
     return PartReport(
         num_shards=plan.num_shards, mine=len(mine), packed_now=len(mine) - before, finished=False
     )

@@ -6,11 +6,13 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from linerate.shards import sources
+from linerate.shards import sources, tar_source
 from linerate.shards.errors import UserError
-from linerate.shards.sources import FolderSource, SourceReject, SourceRow, judge_name, open_source
+from linerate.shards.sources import FolderSource, Source, SourceReject, SourceRow, judge_name, open_source
 from linerate.shards.tar_source import TarSource
 
 
@@ -30,7 +32,7 @@ def make_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def labels(source: FolderSource | TarSource) -> dict[str, str | int | None]:
+def labels(source: Source) -> dict[str, str | int | None]:
     return {
         row.key: row.label if row.label >= 0 else row.label_name
         for row in source.rows()
@@ -38,7 +40,7 @@ def labels(source: FolderSource | TarSource) -> dict[str, str | int | None]:
     }
 
 
-def rejects(source: FolderSource | TarSource) -> dict[str, str]:
+def rejects(source: Source) -> dict[str, str]:
     return {row.key: row.reason for row in source.rows() if isinstance(row, SourceReject)}
 
 
@@ -204,6 +206,150 @@ def test_keys_of_several_tars_name_the_tar(tmp_path: Path) -> None:
     again = make_tar(tmp_path / "more" / "a.tar", {"000.jpg": b"x"})
     assert list(labels(TarSource([a, b]))) == ["a.tar/000.jpg", "b.tar/000.jpg"]
     assert list(labels(TarSource([a, again]))) == [f"{a}/000.jpg", f"{again}/000.jpg"]
+
+
+def rows_of(tar: Path) -> dict[str, tuple[str | int | None, bytes]]:
+    """(label, bytes) of every sample of a tar."""
+    stored = tar.read_bytes()
+    return {
+        row.key: (
+            row.label if row.label >= 0 else row.label_name,
+            stored[row.offset : row.offset + row.size],
+        )
+        for row in TarSource([tar]).rows()
+        if isinstance(row, SourceRow)
+    }
+
+
+def test_a_tar_in_a_tar_is_a_class_folder(tmp_path: Path) -> None:
+    cat = make_tar(tmp_path / "cat.tar", {"1.jpg": b"first", "deep/2.jpg": b"second"}).read_bytes()
+    dog = make_tar(tmp_path / "dog.tar", {"1.jpg": b"third", "l.txt": b"x"}).read_bytes()
+    members = {"train/cat.tar": cat, "train/dog.tar": dog, "train/eel/1.jpg": b"fourth"}
+    outer = make_tar(tmp_path / "x.tar", members)
+    assert rows_of(outer) == {
+        "train/cat/1.jpg": ("cat", b"first"),
+        "train/cat/deep/2.jpg": ("cat", b"second"),
+        "train/dog/1.jpg": ("dog", b"third"),
+        "train/eel/1.jpg": ("eel", b"fourth"),
+    }
+    assert rejects(TarSource([outer])) == {"train/dog/l.txt": "not an image"}
+
+
+def test_webdataset_in_a_tar_in_a_tar_has_its_own_labels(tmp_path: Path) -> None:
+    inner = make_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"eel", "1.jpg": b"y"}).read_bytes()
+    outer = make_tar(tmp_path / "x.tar", {"a.tar": inner})
+    assert rows_of(outer) == {"a/0.jpg": ("eel", b"x"), "a/1.jpg": ("a", b"y")}
+
+
+def test_tars_in_a_tar_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    deepest = make_tar(tmp_path / "c.tar", {"1.jpg": b"x"}).read_bytes()
+    middle = make_tar(tmp_path / "b.tar", {"c.tar": deepest, "2.jpg": b"y"}).read_bytes()
+    members = {"b.tar": middle, "empty.tar": b"", "text.tar": b"hello" * 200, ".h.tar": deepest}
+    source = TarSource([make_tar(tmp_path / "x.tar", members)])
+    assert [row.key for row in source.rows() if isinstance(row, SourceRow)] == ["b/2.jpg"]
+    found = {row.key: row.detail for row in source.rows() if isinstance(row, SourceReject)}
+    assert found == {
+        "b/c.tar": "a tar in a tar in a tar",
+        "empty.tar": "a .tar file that is none",
+        "text.tar": "a .tar file that is none",
+        ".h.tar": "its name begins with a dot",
+    }
+
+
+def test_a_damaged_tar_in_a_tar_is_named_with_its_place(tmp_path: Path) -> None:
+    inner = make_tar(tmp_path / "a.tar", {"1.jpg": b"x" * 900}).read_bytes()[:1024]
+    outer = make_tar(tmp_path / "x.tar", {"a.tar": inner, "z.jpg": b"z" * 9000})
+    with pytest.raises(UserError, match=r"x\.tar is cut short or damaged at byte 512: b'1\.jpg' should end"):
+        list(TarSource([outer]).rows())
+
+
+def test_the_members_of_a_tar_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_source, "MAX_MEMBERS", 2)
+    assert labels(TarSource([make_tar(tmp_path / "a.tar", {"1.jpg": b"", "2.jpg": b""})]))
+    tar = make_tar(tmp_path / "x.tar", {"1.jpg": b"", "2.jpg": b"", "3.jpg": b""})
+    with pytest.raises(UserError, match=r"x\.tar has more than 2 members, .*; give it as several tars"):
+        list(TarSource([tar]).rows())
+
+
+# --- img2dataset
+
+
+def extras(tar: Path) -> dict[str, bytes | None]:
+    return {row.key: row.extra_json for row in TarSource([tar]).rows() if isinstance(row, SourceRow)}
+
+
+def test_a_caption_without_a_json_becomes_one(tmp_path: Path) -> None:
+    members = {
+        "0.jpg": b"x",
+        "0.txt": "a c\u00e4t\n".encode(),
+        "1.jpg": b"y",
+        "1.json": b'{"caption": "told", "url": "u"}',
+        "1.txt": b"not this one",
+        "2.jpg": b"z",
+        "2.json": b'{"url": "u"}',
+        "2.txt": b"added",
+        "3.jpg": b"z",
+    }
+    assert extras(make_tar(tmp_path / "x.tar", members)) == {
+        "0.jpg": '{"caption":"a c\u00e4t"}'.encode(),
+        "1.jpg": b'{"caption": "told", "url": "u"}',
+        "2.jpg": b'{"url":"u","caption":"added"}',
+        "3.jpg": None,
+    }
+
+
+def test_captions_alone_make_a_tar_webdatasets(tmp_path: Path) -> None:
+    tar = make_tar(tmp_path / "x.tar", {"a/0.jpg": b"x", "a/0.txt": b"a cat"})
+    assert extras(tar) == {"a/0.jpg": b'{"caption":"a cat"}'}
+    other = make_tar(tmp_path / "y.tar", {"a/0.jpg": b"x", "a/readme.txt": b"hello"})
+    assert extras(other) == {"a/0.jpg": None}
+
+
+@pytest.mark.parametrize("stored", [b"[1]", b"{", b'{"a": "\\ud800"}', b'"text"'])
+def test_a_json_that_takes_no_caption_stays_and_is_counted(tmp_path: Path, stored: bytes) -> None:
+    tar = make_tar(tmp_path / "x.tar", {"0.jpg": b"x", "0.json": stored, "0.txt": b"lost"})
+    assert extras(tar) == {"0.jpg": stored}
+    assert rejects(TarSource([tar])) == {"0": "caption left out"}
+
+
+def img2dataset_table(path: Path, rows: list[tuple[str, str, str | None]]) -> None:
+    columns = zip(*rows, strict=True)
+    names = ("key", "status", "error_message")
+    pq.write_table(pa.table({name: list(column) for name, column in zip(names, columns, strict=True)}), path)
+
+
+def test_what_img2dataset_could_not_fetch_is_counted_once(tmp_path: Path) -> None:
+    members = {
+        "000.jpg": b"x",
+        "000.json": b'{"status": "success"}',
+        "001.json": b'{"status": "failed_to_download", "error_message": "HTTP \\ud800 404"}',
+        "002.json": b'{"status": "failed_to_resize", "error_message": null}',
+        "003.json": b"[]",
+    }
+    tar = make_tar(tmp_path / "00000.tar", members)
+    table = [
+        ("000", "success", None),
+        ("001", "failed_to_download", "HTTP 404"),
+        ("004", "failed_to_download", "timed\nout"),
+    ]
+    img2dataset_table(tmp_path / "00000.parquet", table)
+    (tmp_path / "00000_stats.json").write_text("{}")
+    found = [row for row in open_source([tmp_path]).rows() if isinstance(row, SourceReject)]
+    assert sorted((row.key, row.reason, row.detail) for row in found) == [
+        ("001", "not downloaded", "HTTP \\ud800 404"),
+        ("002", "not downloaded", "failed_to_resize"),
+        ("003", "not an image", "only json"),
+        ("004", "not downloaded", "timed out"),
+    ]
+    assert labels(TarSource([tar])) == {"000.jpg": None}
+
+
+def test_other_tables_beside_a_tar_are_left_alone_and_broken_ones_counted(tmp_path: Path) -> None:
+    tar = make_tar(tmp_path / "x.tar", {"0.jpg": b"x"})
+    pq.write_table(pa.table({"key": ["0"]}), tmp_path / "x.parquet")
+    assert rejects(TarSource([tar])) == {}
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
+    assert rejects(TarSource([tar])) == {"x.parquet": "unreadable"}
 
 
 def test_metadata_of_a_sample_is_bounded(tmp_path: Path) -> None:

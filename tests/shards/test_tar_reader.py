@@ -1,5 +1,7 @@
 """The header reader against the standard library's writer, and against damage."""
 
+import contextlib
+import functools
 import io
 import os
 import tarfile
@@ -10,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linerate.shards.errors import UserError
+from linerate.shards.sources import SourceRow
 from linerate.shards.tar_reader import Member, OtherMember, is_tar, read_members
+from linerate.shards.tar_source import TarSource
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -143,6 +147,117 @@ def test_headers_that_lie_are_refused(tmp_path: Path, block: bytes, why: str) ->
     (tmp_path / "x.tar").write_bytes(block + bytes(1024))
     with pytest.raises(UserError, match=why):
         read(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("digits", [b"       -1000", b"-0000000001\0"])
+def test_negative_sizes_are_refused(tmp_path: Path, digits: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(_with_header(b"a", b"0", digits) + bytes(1024))
+    with pytest.raises(UserError, match="the size reads"):
+        read(tmp_path / "x.tar")
+    record = b"14 size=-1000\n"
+    (tmp_path / "x.tar").write_bytes(_with_header(b"p", b"x", b"%011o\0" % len(record), record) + bytes(1024))
+    with pytest.raises(UserError, match="extended header that cannot be read"):
+        read(tmp_path / "x.tar")
+
+
+def test_sparse_files_are_no_members_and_their_maps_are_stepped_over(tmp_path: Path) -> None:
+    record = b"22 GNU.sparse.major=1\n"
+    pax = _with_header(b"p", b"x", b"%011o\0" % len(record), record) + _with_header(
+        b"s", b"0", b"00000000001\0", b"1"
+    )
+    head = bytearray(_with_header(b"t", b"S", b"00000000003\0"))
+    head[482] = 1
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 256 + sum(head[156:]))
+    more, last = bytearray(512), bytes(512)
+    more[504] = 1
+    gnu = bytes(head) + bytes(more) + last + b"abc".ljust(512, b"\0")
+    end = _with_header(b"a", b"0", b"00000000002\0", b"ok") + bytes(1024)
+    (tmp_path / "x.tar").write_bytes(pax + gnu + end)
+    assert list(read_members(tmp_path / "x.tar"))[:2] == [
+        OtherMember(b"s", "sparse file"),
+        OtherMember(b"t", "sparse file"),
+    ]
+    assert read(tmp_path / "x.tar") == [("a", b"ok")]
+
+
+def test_a_name_that_no_file_system_takes_is_no_member(tmp_path: Path) -> None:
+    members = [("n" * 4096, b"x"), ("n" * 4097, b"x")]
+    path = write_tar(tmp_path / "x.tar", members, format=tarfile.GNU_FORMAT)
+    assert read(path) == members[:1]
+    assert list(read_members(path))[1:] == [OtherMember(b"n" * 100 + b"...", "a name of 4097 bytes")]
+
+
+def test_a_tar_in_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:
+    inner = write_tar(tmp_path / "i.tar", [("a", b"1"), ("b", b"22")], format=tarfile.USTAR_FORMAT)
+    members = [("x", b"before"), ("i.tar", inner.read_bytes()), ("y", b"behind")]
+    path = write_tar(tmp_path / "x.tar", members, format=tarfile.USTAR_FORMAT)
+    before, within, behind = read_members(path)
+    assert isinstance(within, Member)
+    assert is_tar(path, within=within)
+    assert not is_tar(path, within=before if isinstance(before, Member) else None)
+    stored = path.read_bytes()
+    found = [item for item in read_members(path, within=within) if isinstance(item, Member)]
+    assert [(item.name, stored[item.offset : item.offset + item.size]) for item in found] == [
+        (b"a", b"1"),
+        (b"b", b"22"),
+    ]
+    cut = Member(b"i.tar", within.offset, 700)
+    with pytest.raises(UserError, match=r"the inner tar ends at byte"):
+        list(read_members(path, within=cut))
+    assert isinstance(behind, Member)
+
+
+@st.composite
+def damaged_tars(draw: st.DrawFn) -> bytes:
+    """A tar with everything in it that the reader knows, some headers hit, all sums right again or not."""
+    stored = bytearray(_whole())
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(stored) - 1))
+        new = draw(st.binary(min_size=1, max_size=16))
+        stored[at : at + len(new)] = new
+    if draw(st.booleans()):
+        for at in range(0, len(stored) - 511, 512):
+            if stored[at + 257 : at + 262] == b"ustar":
+                total = sum(stored[at : at + 148]) + 256 + sum(stored[at + 156 : at + 512])
+                stored[at + 148 : at + 156] = b"%06o\0 " % total
+    return bytes(stored[: draw(st.integers(0, len(stored)))]) + draw(st.binary(max_size=600))
+
+
+@functools.cache
+def _whole() -> bytes:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("\u00e4" * 60))
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in (
+            ("cat/1.jpg", b"1" * 600),
+            ("i.tar", inner.getvalue()),
+            ("n" * 150 + ".jpg", b"2"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, data in (("w.jpg", b"3"), ("w.json", b'{"a": 1}'), ("w.cls", b"7")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+@settings(max_examples=300, deadline=None)
+@given(stored=damaged_tars())
+def test_any_damage_to_headers_is_a_user_error_or_rows_within_the_file(
+    stored: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.tar"
+    path.write_bytes(stored)
+    with contextlib.suppress(UserError):
+        for row in TarSource([path]).rows():
+            assert row.key.encode()
+            assert row.size >= 0
+            if isinstance(row, SourceRow):
+                assert 0 <= row.offset <= row.offset + row.size <= len(stored)
 
 
 def test_is_tar_knows_tars_from_other_files(tmp_path: Path) -> None:
