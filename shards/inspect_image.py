@@ -9,7 +9,6 @@ import warnings
 from typing import NamedTuple
 
 import simplejpeg
-from PIL import Image
 
 Buffer = bytes | bytearray | memoryview
 
@@ -156,6 +155,8 @@ def is_limit_of_simplejpeg(error: ValueError) -> bool:
 
 
 def _decode_by_pillow(data: Buffer) -> None:
+    from PIL import Image  # a sixth of a worker's start, and few images come here
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
