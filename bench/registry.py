@@ -41,7 +41,14 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "pack-small": Benchmark("shards:bench_pack_small", "the same with JPEGs of 5 KB", ("webdataset",)),
     "pack-full": Benchmark(
-        "shards:bench_pack_full", "pack with a strict decode check of each image", ("webdataset", "PIL")
+        "pack_pixels:bench_pack_full",
+        "pack with a strict decode check of each image",
+        ("webdataset", "PIL", "img2dataset"),
+    ),
+    "pack-256": Benchmark(
+        "pack_pixels:bench_pack_256",
+        "pack with every image shrunk to a short side of 256",
+        ("webdataset", "PIL", "img2dataset"),
     ),
     "read": Benchmark(
         "shards:bench_read",

@@ -17,7 +17,6 @@ from linerate.shards.inspect_image import (
     check_size,
 )
 from linerate.shards.options import ImagePolicy
-from linerate.shards.reencode import rewrite_jpeg, rewrite_other
 from linerate.shards.segments import strip_metadata
 
 # What --baseline has something to say to, besides the coding.
@@ -61,6 +60,8 @@ def make_judge(policy: ImagePolicy) -> Judge:
 
 
 def _change(data: Buffer, policy: ImagePolicy) -> Taken:
+    from linerate.shards.reencode import rewrite_jpeg, rewrite_other  # not before something is changed
+
     try:
         header = check_header(data, max_pixels=policy.max_pixels)
     except RejectedError as why:

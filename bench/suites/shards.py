@@ -19,7 +19,6 @@ from linerate.bench.suites.shard_peers import (
     batched,
     copy_bytes,
     iterate_webdataset,
-    load_with_pillow,
     pread_all,
     require_same_samples,
     tar_samples,
@@ -41,7 +40,7 @@ ONE_SHARD = PackOptions(min_shards=1, shard_samples=1_000_000)
 
 def bench_pack(setting: Setting) -> Iterator[Contest]:
     """Folder -> shard, header-checked, no re-encode: against ShardWriter and against `cat`."""
-    images = _scratch_images(setting, setting.pick(tiny=20, quick=500, full=4000))
+    images = scratch_images(setting, setting.pick(tiny=20, quick=500, full=4000))
     with one_core():
         yield from _pack_contests(setting, images, full_size=setting.size == "full")
     # At a smaller size starting the processes would be most of the time.
@@ -56,21 +55,12 @@ def bench_pack_small(setting: Setting) -> Iterator[Contest]:
     images = copy_folder(small, setting.scratch / "small")
     with one_core():
         bar = Bar(5.0, full_size=setting.size == "full")
-        yield _against_shard_writer(setting, images, ONE_SHARD, bar)
-
-
-def bench_pack_full(setting: Setting) -> Iterator[Contest]:
-    """Folder -> shard with a strict decode check of each image, against Pillow's load + ShardWriter."""
-    images = _scratch_images(setting, setting.pick(tiny=20, quick=60, full=600))
-    options = PackOptions(min_shards=1, shard_samples=1_000_000, check="decode")
-    bar = Bar(1.4, full_size=setting.size == "full")
-    with one_core():
-        yield _against_shard_writer(setting, images, options, bar, check=load_with_pillow)
+        yield against_shard_writer(setting, images, ONE_SHARD, bar)
 
 
 def _pack_contests(setting: Setting, images: ImageFolder, *, full_size: bool) -> Iterator[Contest]:
-    yield _against_shard_writer(setting, images, ONE_SHARD, Bar(3.0, full_size=full_size))
-    yield _against_shard_writer(setting, images, ONE_SHARD, None, planned=True)
+    yield against_shard_writer(setting, images, ONE_SHARD, Bar(3.0, full_size=full_size))
+    yield against_shard_writer(setting, images, ONE_SHARD, None, planned=True)
     ours, joined = setting.scratch / "ours", setting.scratch / "joined"
     listed = b"\0".join(os.fsencode(path) for path in images.files)
 
@@ -79,7 +69,7 @@ def _pack_contests(setting: Setting, images: ImageFolder, *, full_size: bool) ->
             subprocess.run(["xargs", "-0", "cat", "--"], input=listed, stdout=out, check=True)
 
     def agree() -> str:
-        _pack(images, ours, ONE_SHARD)
+        pack_images(images, ours, ONE_SHARD)
         cat()
         in_ours = sum(len(jpeg) for jpeg, _ in tar_samples(ours))
         if in_ours != joined.stat().st_size:
@@ -90,18 +80,18 @@ def _pack_contests(setting: Setting, images: ImageFolder, *, full_size: bool) ->
 
     yield Contest(
         peer="cat of the same files",
-        work=_pack_work(images, ONE_SHARD),
+        work=pack_work(images, ONE_SHARD),
         unit="images/s",
         amount=len(images.files),
-        ours=Side(run=lambda: _pack(images, ours, ONE_SHARD), prepare=lambda: _remove(ours)),
-        theirs=Side(run=cat, prepare=lambda: _remove(joined)),
+        ours=Side(run=lambda: pack_images(images, ours, ONE_SHARD), prepare=lambda: remove(ours)),
+        theirs=Side(run=cat, prepare=lambda: remove(joined)),
         agree=agree,
         bar=Bar(0.7, full_size=full_size),
         note="listing and planning are in our time, starting xargs and cat in theirs",
     )
 
 
-def _against_shard_writer(
+def against_shard_writer(
     setting: Setting,
     images: ImageFolder,
     options: PackOptions,
@@ -112,19 +102,21 @@ def _against_shard_writer(
 ) -> Contest:
     """planned: listing and planning are done before the clock starts, as the peer's list of files is."""
     ours, theirs = setting.scratch / "ours", setting.scratch / "theirs"
-    run_ours = _planned_pack(setting, images, options) if planned else partial(_pack, images, ours, options)
+    run_ours = (
+        _planned_pack(setting, images, options) if planned else partial(pack_images, images, ours, options)
+    )
     missing = missing_peer("webdataset")
 
     def run_theirs() -> None:
         write_with_webdataset(images, theirs, check=check)
 
     def empty_ours() -> None:
-        _remove(ours)
+        remove(ours)
         if planned:
             ours.mkdir()
 
     def empty_theirs() -> None:
-        _remove(theirs)
+        remove(theirs)
         theirs.mkdir()
 
     def agree() -> str:
@@ -136,7 +128,7 @@ def _against_shard_writer(
 
     return Contest(
         peer=f"webdataset ShardWriter{' + Pillow load' if check else ''}, jpg + cls",
-        work=_pack_work(images, options) + (", listed and planned before" if planned else ""),
+        work=pack_work(images, options) + (", listed and planned before" if planned else ""),
         unit="images/s",
         amount=len(images.files),
         ours=Side(run=run_ours, prepare=empty_ours),
@@ -146,7 +138,7 @@ def _against_shard_writer(
         bar=bar,
         ceiling=Ceiling(
             name="read + write",
-            side=Side(run=lambda: copy_bytes(images, ours), prepare=lambda: _remove(ours)),
+            side=Side(run=lambda: copy_bytes(images, ours), prepare=lambda: remove(ours)),
         ),
         note=None if planned else "listing and planning are in our time; the peer is fed the list of files",
     )
@@ -164,8 +156,8 @@ def two_processes(setting: Setting, images: ImageFolder) -> Contest:
     options = PackOptions(min_shards=16)
 
     def agree() -> str:
-        _remove(ours)
-        _remove(theirs)
+        remove(ours)
+        remove(theirs)
         pack(many, ours, options=options, num_workers=2)
         pack(many, theirs, options=options, num_workers=1)
         differ = [p.name for p in sorted(ours.iterdir()) if p.read_bytes() != (theirs / p.name).read_bytes()]
@@ -179,11 +171,9 @@ def two_processes(setting: Setting, images: ImageFolder) -> Contest:
         work=f"{num_images:,} JPEGs of {images.mean_kb} KB -> 16 shards, header check, two processes",
         unit="images/s",
         amount=num_images,
-        ours=Side(
-            run=lambda: pack(many, ours, options=options, num_workers=2), prepare=lambda: _remove(ours)
-        ),
+        ours=Side(run=lambda: pack(many, ours, options=options, num_workers=2), prepare=lambda: remove(ours)),
         theirs=Side(
-            run=lambda: pack(many, theirs, options=options, num_workers=1), prepare=lambda: _remove(theirs)
+            run=lambda: pack(many, theirs, options=options, num_workers=1), prepare=lambda: remove(theirs)
         ),
         agree=agree,
         bar=Bar(1.8, full_size=setting.size == "full"),
@@ -194,7 +184,7 @@ def two_processes(setting: Setting, images: ImageFolder) -> Contest:
 def bench_read(setting: Setting) -> Iterator[Contest]:
     """An epoch of encoded samples in shuffled order, bytes copied into the batch; no decode."""
     num_images, batch = setting.pick(tiny=(40, 8), quick=(512, 64), full=(4096, 256))
-    images = _scratch_images(setting, num_images, multiple_of=batch)
+    images = scratch_images(setting, num_images, multiple_of=batch)
     catalog = pack(images.root, setting.scratch / "shards", num_workers=0)
     order = EpochOrder(
         catalog.shard_sizes, seed=0, epoch=0, global_batch=batch, num_lanes=default_num_lanes(batch)
@@ -242,31 +232,31 @@ def bench_read(setting: Setting) -> Iterator[Contest]:
     reader.close()
 
 
-def _scratch_images(setting: Setting, num_images: int, *, multiple_of: int = 1) -> ImageFolder:
+def scratch_images(setting: Setting, num_images: int, *, multiple_of: int = 1) -> ImageFolder:
     """The benchmark images in the scratch folder; a multiple, so that whole batches hold all of them."""
     target = setting.scratch / "images"
-    _remove(target)
+    remove(target)
     images = load_images(setting.images, num_images=num_images)
     kept = len(images.files) // multiple_of * multiple_of or len(images.files)
     return copy_folder(dataclasses.replace(images, files=images.files[:kept]), target)
 
 
-def _pack_work(images: ImageFolder, options: PackOptions) -> str:
+def pack_work(images: ImageFolder, options: PackOptions) -> str:
     return (
         f"{len(images.files):,} JPEGs of {images.mean_kb} KB -> tar + idx + parquet + xxh3, "
         f"{options.check} check, one core"
     )
 
 
-def _pack(images: ImageFolder, out: Path, options: PackOptions) -> Catalog:
-    _remove(out)
+def pack_images(images: ImageFolder, out: Path, options: PackOptions) -> Catalog:
+    remove(out)
     return pack(images.root, out, options=options, num_workers=0)
 
 
 def _planned_pack(setting: Setting, images: ImageFolder, options: PackOptions) -> Callable[[], object]:
     """Writes the one shard of a plan that is made here and now."""
     folder = setting.scratch / "plan"
-    _remove(folder)
+    remove(folder)
     folder.mkdir()
     source = open_source([images.root])
     make_plan(source, folder, seed=options.seed, sizing=options.sizing, options=dataclasses.asdict(options))
@@ -280,7 +270,7 @@ def _planned_pack(setting: Setting, images: ImageFolder, options: PackOptions) -
     return lambda: finish_shard(pack_shard(task))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:

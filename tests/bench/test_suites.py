@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import gc
+import io
 import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from linerate.bench.contest import Disagreement, Setting
 from linerate.bench.images import copy_folder, load_images
@@ -16,6 +20,13 @@ from linerate.bench.record import Record, results_table
 from linerate.bench.registry import BENCHMARKS, run_benchmark
 from linerate.bench.suites import shards, step, step_parts, views
 from linerate.bench.suites.shard_peers import require_same_samples
+from linerate.bench.suites.shard_resizers import (
+    MISSING_IMG2DATASET,
+    img2dataset_python,
+    img2dataset_worker,
+    psnr,
+    require_alike,
+)
 from linerate.pipeline.recipe import OneView
 
 # webdataset closes none of its tars.
@@ -61,7 +72,8 @@ def test_the_sides_agree_and_a_record_comes_out(name: str, measured: Callable[[s
     results_table(records)
     for record in records:
         assert json.loads(json.dumps(record.to_json(), allow_nan=False))["name"] == name
-        assert (record.refused, record.missing) == (None, None)
+        assert record.refused is None
+        assert record.missing in (None, MISSING_IMG2DATASET), "all other peers are installed with us"
         assert record.ours is not None
         if record.kind == "time":
             assert record.ours > 0
@@ -105,6 +117,37 @@ def test_samples_that_differ_are_told_apart():
     for ours, theirs in (([a], [a, b]), ([a, b], [a]), ([a, (b"two", 3)], [a, b]), ([a, a], [a, b])):
         with pytest.raises(Disagreement, match="of "):
             require_same_samples(ours, theirs)
+
+
+def jpeg_of(level: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_images_of_other_sizes_or_pixels_are_told_apart():
+    ours = {0: jpeg_of(100), 1: jpeg_of(50)}
+    limits = {"least_db": 35.0, "worst_db": 25.0}
+    assert require_alike(ours, {0: jpeg_of(101), 1: jpeg_of(50)}, **limits).startswith("the size of every")
+    for theirs, message in (
+        ({0: jpeg_of(100)}, "ours holds 2 images, the peer 1"),
+        ({0: jpeg_of(100, (8, 9)), 1: jpeg_of(50)}, r"image 0 has \(8, 8\) pixels, the peer's \(9, 8\)"),
+        ({0: jpeg_of(110), 1: jpeg_of(60)}, "the images lie 28.1 dB"),
+        ({0: jpeg_of(100), 1: jpeg_of(90)}, "the worst one 16.1"),
+    ):
+        with pytest.raises(Disagreement, match=message):
+            require_alike(ours, theirs, **limits)
+    assert psnr(0) == float("inf")
+    assert psnr(255**2) == 0
+
+
+def test_a_peer_that_fails_or_ends_is_a_disagreement(monkeypatch: pytest.MonkeyPatch):
+    with img2dataset_worker(sys.executable) as run, pytest.raises(Disagreement, match="wrote no shard: "):
+        run({"resize": 256})
+    with img2dataset_worker(shutil.which("true")) as run, pytest.raises(Disagreement, match="true ended"):
+        run({"resize": 256})
+    monkeypatch.setenv("LINERATE_BENCH_PEERS", "/some/python")
+    assert img2dataset_python() == "/some/python"
 
 
 @pytest.mark.parametrize(

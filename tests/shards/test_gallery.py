@@ -14,14 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.gallery import GalleryReport, write_gallery
+from linerate.shards.gallery_page import Cell, rejects_section, section
 from linerate.shards.overview import summarize
 from linerate.shards.pack import pack
+from linerate.shards.terminal import visible
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e\x1b</div>"
@@ -30,11 +34,11 @@ HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e\
 class Page(HTMLParser):
     """What a browser sees: every tag with its attributes, and the text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.text: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
+        self.source = source
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -70,7 +74,7 @@ def tagged(packed: Catalog, tmp_path: Path) -> Catalog:
 def write(catalog: Catalog, path: Path, **how: Any) -> tuple[GalleryReport, Page]:
     report = write_gallery(catalog, path / "page.html", **how)
     assert report.num_bytes == Path(report.out).stat().st_size
-    return report, Page(path / "page.html")
+    return report, Page((path / "page.html").read_text(encoding="utf-8"))
 
 
 def test_every_class_shows_so_many_of_its_samples(packed: Catalog, tmp_path: Path) -> None:
@@ -185,6 +189,19 @@ def test_what_does_not_decode_is_on_the_page_with_the_reason(tagged: Catalog, tm
     assert report.num_broken == 1
     assert "cannot identify it" in "".join(page.text)
     assert (len(page.all("figure")), len(page.all("img"))) == (40, 39)
+
+
+@given(st.text(), st.text(), st.text())
+def test_any_text_comes_back_from_the_page_as_it_can_be_seen(key: str, group: str, reason: str) -> None:
+    cell = Cell(key=key, class_name=group, facts=reason, more="", image="", trouble=None)
+    page = Page(section(0, group, 1, [cell]) + rejects_section([(reason, 2, [key])]))
+    tags = (
+        "section h2 small div figure div img figcaption div bdi div section h2 small details summary small ul"
+    )
+    assert [name for name, _ in page.tags] == [*tags.split(), "li", "li"]
+    assert page.all("figure")[0]["title"].startswith(visible(key))
+    assert visible(group) in "".join(page.text)
+    assert visible(reason) in "".join(page.text)
 
 
 @pytest.mark.parametrize(

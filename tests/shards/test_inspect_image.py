@@ -159,3 +159,15 @@ def test_odd_subsampling_is_decoded_by_the_second_decoder(make_jpeg: MakeJpeg) -
     check_decode(odd, header(odd))
     with pytest.raises(RejectedError, match=r"(?i)does not decode: .*truncated"):
         check_decode(odd[: len(odd) // 2], header(odd))
+
+
+@pytest.mark.parametrize("padding", [900, 1000, 1010, 1020, 1024, 1030, 5000, 60_000])
+def test_a_header_is_read_to_its_end_however_long_it_is(
+    make_jpeg: Callable[..., bytes], padding: int
+) -> None:
+    comment = b"\xff\xfe" + (padding + 2).to_bytes(2, "big") + bytes(padding)
+    orientation = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    exif = b"\xff\xe1" + (len(orientation) + 8).to_bytes(2, "big") + b"Exif\0\0" + orientation
+    jpeg = make_jpeg(0, 20, 30)
+    header = check_header(jpeg[:2] + comment + exif + jpeg[2:], max_pixels=10**6)
+    assert header == (20, 30, EXIF | ORIENTED)

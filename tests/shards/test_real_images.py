@@ -85,6 +85,23 @@ REASONS = {
 }  # fmt: skip
 
 
+# What the header check calls a format, by what it is called in the list of the files.
+TRUE_FORMATS = {
+    "PNG": "PNG", "GIF": "GIF", "WebP": "WEBP", "BMP": "BMP", "TIFF": "TIFF", "PNM": "PNM", "ICO": "ICO",
+    "AVIF or HEIC": "ISOBMFF:avif",
+}  # fmt: skip
+REFUSED_BY_DALI = {
+    "cut short", "broken header", "no dimensions", "unsupported coding", "does not decode in DALI",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nasty_facts(data_folder: Path) -> dict[str, dict[str, str]]:
+    """The row of each nasty file in the list of them: its true format, size, pixels."""
+    with (data_folder / "nasty.csv").open() as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
 @pytest.fixture(scope="module")
 def nasty(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Catalog]:
     """The nasty files packed under a policy of POLICIES."""
@@ -118,6 +135,35 @@ def test_every_nasty_file_is_packed_or_rejected_with_a_reason(
     assert {row["reason"] for row in rows} <= REASONS
     assert all(row["detail"] for row in rows)
     assert verify_shards(catalog, decode="header", num_workers=0).ok
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_reason_fits_what_others_found_in_the_file(
+    nasty_facts: dict[str, dict[str, str]],
+    dali_decodes: dict[str, bool],
+    nasty: Callable[[str], Catalog],
+    policy: str,
+) -> None:
+    rows = pq.read_table(nasty(policy).root / "rejected.parquet").to_pylist()
+    why = {row["key"]: (row["reason"], row["detail"]) for row in rows}
+    for key, facts in nasty_facts.items():
+        reason, detail = why.get(key, ("", ""))
+        named, known = TRUE_FORMATS.get(detail), facts["true_format"]
+        pixels = int(facts["width"] or 0) * int(facts["height"] or 0)
+        assert (reason == "hidden") == Path(key).name.startswith("."), key
+        assert (reason == "empty") == (facts["bytes"] == "0"), key
+        if reason == "not a JPEG":
+            assert known == named if named else known not in ("JPEG", *TRUE_FORMATS.values()), (key, known)
+        if pixels > 100_000_000 and known == "JPEG":
+            assert reason in ("too many pixels", "unsupported coding"), key
+        if reason == "too many pixels":
+            assert pixels > 100_000_000 or known != "JPEG", key
+        if reason in REFUSED_BY_DALI and known == "JPEG":
+            assert not dali_decodes[key], (key, reason)
+        if reason == "does not decode":
+            assert POLICIES[policy].check == "decode" or POLICIES[policy].rewrites, key
+        if reason == "does not decode in DALI":
+            assert POLICIES[policy].check == "dali", key
 
 
 @pytest.mark.parametrize("policy", POLICIES)
