@@ -43,6 +43,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pack-full": Benchmark(
         "shards:bench_pack_full", "pack with a strict decode check of each image", ("webdataset", "PIL")
     ),
+    "plan": Benchmark(
+        "plan:bench_plan", "filter, shuffle and task lists of 50 M rows; also with dedup; memory counted"
+    ),
     "read": Benchmark(
         "shards:bench_read",
         "an epoch of samples in shuffled order from local shards, no decode",
