@@ -50,6 +50,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "pack with every image shrunk to a short side of 256",
         ("webdataset", "PIL", "img2dataset"),
     ),
+    "plan": Benchmark(
+        "plan:bench_plan", "filter, shuffle and task lists of 50 M rows; also with dedup; memory counted"
+    ),
     "read": Benchmark(
         "shards:bench_read",
         "an epoch of samples in shuffled order from local shards, no decode",

@@ -58,7 +58,7 @@ def open_database(folder: Path, *, memory: str) -> Iterator[Any]:
             f"the plan does not fit into --memory {memory} ({first_line(error)}); give it more, or run it "
             f"with fewer cores"
         ) from None
-    except (duckdb.ProgrammingError, duckdb.NotSupportedError):
+    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException):
         raise  # our own SQL, as the user's is tried before
     except duckdb.Error as error:
         raise UserError(f"the source cannot be listed: {first_line(error)}") from None
