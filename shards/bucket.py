@@ -16,9 +16,12 @@ from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.remote_store import open_store
 from linerate.shards.remote_url import STORES
 
+# s3fs's own 10 parts of 50 MiB at once would take 500 MiB of every worker.
+PART_BYTES = 16 << 20
+PARTS_AT_ONCE = 4
 TRIES = 6
 BACKOFF_S = 0.5
-# A part of a shard is 50 MB or more, which a slow line takes a while for.
+# A part is long for a slow line.
 _TIMEOUT_S = 60.0
 T = TypeVar("T")
 
@@ -34,6 +37,7 @@ class Bucket:
         scheme, _, self._path = self.url.partition("://")
         if scheme not in STORES or not self._path:
             raise UserError(f"OUT {url} is none that can be written to; give a folder, s3:// or gs://")
+        self._parts = {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE} if scheme == "s3" else {}
         self._store: Any = open_store(scheme, FetchOptions(timeout_s=_TIMEOUT_S))
 
     def sizes(self) -> dict[str, int]:
@@ -52,7 +56,7 @@ class Bucket:
         size = path.stat().st_size
 
         def send() -> None:
-            self._store.put_file(str(path), there)
+            self._store.put_file(str(path), there, **self._parts)
             stored = int(self._store.info(there)["size"])
             if stored != size:
                 raise OSError(f"{self.url}/{name} has {stored} bytes after {size} were sent")

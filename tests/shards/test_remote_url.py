@@ -4,6 +4,8 @@ import socket
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from linerate.shards import addresses
 from linerate.shards.addresses import kind_of_address, resolve
@@ -141,3 +143,27 @@ def test_one_private_address_among_public_ones_is_enough(monkeypatch: pytest.Mon
     with pytest.raises(RejectedError, match="private address 10"):
         resolve("a.org", 80, allow_private=False)
     assert resolve("a.org", 80, allow_private=True)[1] == (socket.AF_INET, ("10.0.0.1", 80))
+
+
+@given(st.text(max_size=60), st.sampled_from(["", "http://", "https://", "s3://", "gs://", "ftp://"]))
+def test_any_text_is_a_url_or_a_reject_and_can_be_shown(text: str, scheme: str) -> None:
+    show_url(scheme + text)
+    try:
+        url = parse_url(scheme + text)
+    except RejectedError:
+        return
+    if not url.is_store:
+        line = f"{url.target} {url.authority}"
+        assert line.isascii()
+        assert line.isprintable()
+        assert " " not in url.target
+
+
+@given(
+    st.text(alphabet="abc123:@%._-", min_size=1, max_size=12),
+    st.sampled_from(["a.org/x.jpg", "a.org:8080/?q=1", "[2606:4700::1111]/x"]),
+)
+def test_no_userinfo_is_ever_shown(userinfo: str, rest: str) -> None:
+    shown = show_url(f"https://{userinfo}@{rest}")
+    assert shown == f"https://{rest.partition('?')[0]}"
+    assert parse_url(f"https://{userinfo}@{rest}").userinfo is not None
