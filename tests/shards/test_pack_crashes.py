@@ -104,7 +104,7 @@ def test_a_limit_on_file_sizes_stops_the_run_and_without_it_the_same_command_goe
     )
     done = subprocess.run(argv, env=ENV, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{os.strerror(errno.EFBIG)}; 0 of 2 shards are whole; the same command again" in done.stderr
+    assert f"{os.strerror(errno.EFBIG)}; 0 of 5 shards are whole; the same command again" in done.stderr
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert not (tmp_path / "out" / "catalog.json").exists()
     pack(photo_folder, tmp_path / "out", options=options, num_workers=0)
