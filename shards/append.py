@@ -184,6 +184,8 @@ def refuse_appended(out: Path) -> None:
 
 
 def _keep_base(out: Path, folder: Path, *, name: str) -> None:
+    if not (out / CATALOG_NAME).exists():
+        raise UserError(f"--append adds to finished shards, {out} holds none; leave --append out first")
     catalog = Catalog.load(out)
     if catalog.name != name:
         raise UserError(
