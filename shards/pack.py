@@ -204,7 +204,7 @@ def plan_tasks(
 
 def load_marks(tasks: list[ShardTask], plan: Plan) -> dict[int, ShardMark]:
     """The marks of the tasks whose shards are whole, by the shards' numbers."""
-    if tasks[0].upload_to:
+    if tasks and tasks[0].upload_to:
         return load_marks_there(tasks, plan_id=plan.plan_id)
     return {task.number: mark for task in tasks if (mark := load_mark(task, plan_id=plan.plan_id))}
 

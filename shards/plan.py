@@ -177,8 +177,7 @@ def make_plan_without(
     classes that have their numbers already; those of the plan that are new come after them.
     """
     folder, options = plan.folder, load_options(plan.folder)
-    known = set(class_names)
-    all_names = [*class_names, *(name for name in plan.class_names if name not in known)]
+    all_names = _joined(class_names, plan.class_names)
     facts = _Facts(
         class_names=all_names,
         containers=plan.containers,
@@ -188,7 +187,7 @@ def make_plan_without(
         num_source_rejects=plan.num_source_rejects,
     )
     kept = _without(load_plan_rows(folder), sample_ids)
-    if all_names != plan.class_names:
+    if all_names != plan.class_names and not _are_numbers(plan.class_names):
         number_of = {name: number for number, name in enumerate(all_names)}
         kept = _renumbered(kept, [number_of[name] for name in plan.class_names])
     expected = Counts({}, plan.num_samples, plan.num_samples, plan.total_bytes)
@@ -343,6 +342,18 @@ def _without(tables: Iterator[Any], sample_ids: Iterator[Any]) -> Iterator[Any]:
         keep[here - first] = False
         yield table.filter(pa.array(keep))
         first = end
+
+
+def _joined(known: Sequence[str], found: Sequence[str]) -> list[str]:
+    """Names of the known classes, then of those found that are new; a class without a name is its number."""
+    if _are_numbers(found):
+        return [*known, *found[len(known) :]]
+    there = set(known)
+    return [*known, *(name for name in found if name not in there)]
+
+
+def _are_numbers(class_names: Sequence[str]) -> bool:
+    return all(name == str(number) for number, name in enumerate(class_names))
 
 
 def _renumbered(tables: Iterator[Any], label_of: list[int]) -> Iterator[Any]:
