@@ -252,7 +252,12 @@ def _plan(
     )
     if options.dedup == "bytes":
         plan = drop_equal_images(
-            plan, work / "hashes", sizing=options.sizing, num_workers=num_workers, memory=memory
+            plan,
+            work / "hashes",
+            sizing=options.sizing,
+            num_workers=num_workers,
+            memory=memory,
+            on_progress=lambda images: on_progress("list", images),
         )
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
