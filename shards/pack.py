@@ -320,6 +320,7 @@ def _plan(
             memory=effort.memory,
             max_bytes=options.max_image_bytes,
             fetch=effort.fetch,
+            on_progress=lambda images: effort.on_progress("list", images),
         )
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
