@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import socket
 import sys
 import time
 from collections import deque
@@ -24,6 +25,7 @@ CORES_PER_TASK = 0.5
 # So many tasks wait at the cluster beyond those that run, for an autoscaler to see.
 WAITING_TASKS = 256
 POLL_S = 0.5
+CONNECT_LIMIT_S = 30.0
 
 
 def run_on_ray(
@@ -74,6 +76,8 @@ def _connected(ray: Any, address: str, num_workers: int | None) -> Iterator[None
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        _require_reachable(address)
     quiet = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
@@ -97,6 +101,20 @@ def _connected(ray: Any, address: str, num_workers: int | None) -> Iterator[None
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raise UserError where nothing listens at host:port; Ray itself tries for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`: Ray says at once whether there is a cluster
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at --ray-address {address} ({error.strerror or error}); give the address of the "
+            f"cluster's head, mostly port 6379"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The Ray engine: the results and the failures of the supervisor, on a cluster of two cores."""
 
 import importlib.util
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,3 +148,17 @@ def test_ray_has_no_worker_in_this_process() -> None:
 def test_an_address_without_the_engine_is_refused() -> None:
     with pytest.raises(UserError, match="--ray-address auto needs --engine ray"):
         Engine(ray_address="auto")
+
+
+def test_an_address_where_nothing_listens_is_told_at_once() -> None:
+    pytest.importorskip("ray", reason="needs Ray: the check of --ray-address stays untested")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=f"nothing answers at --ray-address 127.0.0.1:{port}"):
+        run_tasks(
+            "m:f",
+            [1],
+            num_workers=None,
+            on_done=print,
+            engine=Engine(kind="ray", ray_address=f"127.0.0.1:{port}"),
+        )
