@@ -7,7 +7,7 @@ import os
 import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class ShardReader:
         self.catalog = catalog
         self._starts = catalog.starts
         self._index = lru_cache(maxsize=num_shards_at_hand)(catalog.shard_index)
-        open_tar: Callable[[int], int] = self._open_local
+        open_tar: Callable[[int], int] = partial(_open_local, catalog)
         self._ahead: Ahead | None = None
         if isinstance(catalog.bring, ShardCache):
             self._ahead, open_tar = Ahead(catalog.bring), catalog.bring.open_tar
@@ -116,9 +116,6 @@ class ShardReader:
         self._files.close()
         if self._ahead is not None:
             self._ahead.close()
-
-    def _open_local(self, shard: int) -> int:
-        return os.open(self.catalog.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
     def _have(self, ahead: Ahead, positions: Ints) -> None:
         shards = self._shards(positions)
@@ -318,6 +315,10 @@ class _OpenFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _open_local(catalog: Catalog, shard: int) -> int:
+    return os.open(catalog.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _max_open_files() -> int:

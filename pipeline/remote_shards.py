@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import fsspec
-from fsspec.asyn import sync
-
 from linerate.shards.errors import UserError
 
 # A block that fails is asked for again at half its size, so a slow line gets on within the time limit, too.
@@ -104,6 +101,8 @@ class RemoteFolder:
                 await asyncio.wait_for(filesystem._cat_file(path, start=start, end=end), self.timeout_s)
             )
 
+        from fsspec.asyn import sync
+
         return bytes(sync(filesystem.loop, within))
 
     def _require_size(self, name: str, size: int, error: Exception) -> None:
@@ -139,6 +138,8 @@ class RemoteFolder:
     def _open(self) -> tuple[Any, str]:
         """The filesystem of this process: connections and threads do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
+            import fsspec  # 0.1 s, which local shards do not need
+
             protocol = self.url.partition("://")[0]
             try:
                 filesystem, root = fsspec.core.url_to_fs(
