@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.gallery import write_animation, write_gallery
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes
@@ -29,7 +30,7 @@ DRAWN_BACKENDS = ("dali", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsArgs:
+class ViewsArgs(CacheOptions):
     """Draw images beside their two views, exactly as training with the same seed sees them.
 
     The picture marks both crop windows in the stored image. --sample and --epoch replay any view;
@@ -39,8 +40,8 @@ class ViewsArgs:
 
     recipe: tyro.conf.Positional[str]
     """v1, v2 or v3."""
-    shards: Path
-    """The folder that `linerate shard pack` wrote."""
+    shards: str
+    """The folder that `linerate shard pack` wrote, or its URL: s3://, gs:// or https://."""
     out: Path = Path("views.png")
     """The picture. A .png shows the samples side by side; a .gif has a frame an epoch, and a .html is a page
     of every epoch's views of each sample."""
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
         raise nearest(args.recipe, list(RECIPES), what="recipe")
     if args.backend not in DRAWN_BACKENDS:
         raise nearest(args.backend, list(DRAWN_BACKENDS), what="backend that makes views of images:")
-    catalog = Catalog.load(args.shards)
+    catalog = open_shards(args.shards, args)
     make = _order if args.order else _parity if args.parity else _picture
     result, table = make(args, catalog)
     if args.json:
@@ -104,7 +105,7 @@ def _picture(args: ViewsArgs, catalog: Catalog) -> tuple[dict[str, Any], Table]:
         seed=args.seed,
         epochs=range(args.epoch, args.epoch + epochs),
     )
-    title = f"{args.recipe} on {args.shards.absolute().name}, seed {args.seed}, {args.backend}"
+    title = f"{args.recipe} on {Path(args.shards).absolute().name}, seed {args.seed}, {args.backend}"
     write(args.out, seen, title=title, class_names=catalog.class_names)
     result = {
         "out": str(args.out),

@@ -98,6 +98,14 @@ def decode_rgb(jpeg: NDArray[np.uint8]) -> NDArray[np.uint8]:
         raise ValueError(" ".join(str(error).split())) from None
 
 
+def _coming(catalog: Catalog, batches: list[NDArray[np.int64]]) -> list[int]:
+    """The shards of these batches and the one after; none where no shard has to be fetched."""
+    if not catalog.bring or not batches:
+        return []
+    shards = np.unique(np.searchsorted(catalog.starts, np.concatenate(batches), side="right") - 1).tolist()
+    return [*shards, *range(shards[-1] + 1, min(shards[-1] + 2, catalog.num_shards))]
+
+
 def _run(
     reader: ShardReader,
     batches: list[NDArray[np.int64]],
@@ -129,8 +137,10 @@ def _run(
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="centre_crop") as pool:
         try:
+            reader.will_read(_coming(reader.catalog, batches[: AHEAD_BATCHES + 1]))
             waiting = [submit(positions) for positions in batches[:AHEAD_BATCHES]]
             for nth in range(len(batches)):
+                reader.will_read(_coming(reader.catalog, batches[nth : nth + AHEAD_BATCHES + 2]))
                 encoded, out, jobs = waiting.pop(0)
                 for job in jobs:
                     job.result()

@@ -15,6 +15,7 @@ from linerate.pipeline.bad_samples import (
     Replacements,
     log_bad_sample,
 )
+from linerate.pipeline.cache import lanes_here, open_shards, require_room
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
@@ -158,7 +159,7 @@ def open_views(
     bad_share: the share of an epoch's samples that may be replaced; on_bad is told each that is found bad.
     Raises UserError before any image is read, for whatever cannot work.
     """
-    catalog = catalog if isinstance(catalog, Catalog) else Catalog.load(catalog)
+    catalog = catalog if isinstance(catalog, Catalog) else open_shards(catalog)
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     lanes = default_num_lanes(global_batch) if num_lanes is None else num_lanes
     _check_world_size(global_batch, lanes, rank=rank, world_size=world_size)
@@ -170,6 +171,12 @@ def open_views(
         num_lanes=lanes,
         window_shards=window_shards,
     )
+    require_room(catalog, num_lanes=lanes_here(lanes, world_size=world_size), window_shards=window_shards)
+    if backend == "ffcv" and catalog.bring:
+        raise UserError(
+            "--backend ffcv reads a .beton of the whole set, which a cache of shards is not; copy the shards "
+            "here and run `linerate shard beton`, or take another --backend"
+        )
     fetch = EpochFetch(
         catalog.root,
         seed=seed,

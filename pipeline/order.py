@@ -109,6 +109,30 @@ class EpochOrder:
             self._read_lane(lane, step * size, out[i * size : (i + 1) * size])
         return out
 
+    def coming_shards(
+        self, step: int, *, rank: int = 0, world_size: int = 1, num_windows: int = 2
+    ) -> tuple[list[tuple[int, int]], int]:
+        """What rank's lanes mix at step and in the windows after: (steps until it is read, shard) each.
+
+        Soonest first, a shard once. Beside them the first later step at which a lane is in another window;
+        num_steps where there is none.
+        """
+        soonest: dict[int, int] = {}
+        change = self.num_steps
+        for lane in rank_lanes(self.num_lanes, rank=rank, world_size=world_size):
+            place = lane * self._lane_length + step * self._lane_batch
+            nth, lane_windows = self._window_at(lane, place)
+            for window in range(nth, min(nth + num_windows, lane_windows)):
+                a, b = self._window_pieces(lane, window)
+                begin, end = int(self._piece_begin[a]), int(self._piece_begin[b])
+                wait = max(0, begin - place) // self._lane_batch
+                if window == nth:
+                    change = min(change, step - (place - end) // self._lane_batch)
+                shards = np.searchsorted(self._starts, self._piece_position[a:b], side="right") - 1
+                for shard in shards.tolist():
+                    soonest[shard] = min(wait, soonest.get(shard, wait))
+        return sorted((wait, shard) for shard, wait in soonest.items()), change
+
     def pieces(self, *, rank: int = 0, world_size: int = 1) -> tuple[Ints, Ints, Ints]:
         """What rank reads in the whole epoch, as runs of the shards: (shard, first row, rows), each (P,)."""
         lanes = rank_lanes(self.num_lanes, rank=rank, world_size=world_size)
@@ -167,17 +191,27 @@ class EpochOrder:
 
     def _shuffle_window(self, lane: int, place: int) -> _Window:
         """The window of the lane that holds place. A lane's windows are within one piece of equal."""
-        first, num = self._lane_pieces[lane], self._lane_pieces[lane + 1] - self._lane_pieces[lane]
-        num_windows = -(-num // self.window_shards)
-        piece = int(np.searchsorted(self._piece_begin, place, side="right")) - 1 - first
-        nth = ((piece + 1) * num_windows - 1) // num
-        a, b = first + num * nth // num_windows, first + num * (nth + 1) // num_windows
+        nth, _ = self._window_at(lane, place)
+        a, b = self._window_pieces(lane, nth)
         begins = self._piece_begin[a : b + 1]
         begin, end = int(begins[0]), int(begins[-1])
         positions = np.repeat(self._piece_position[a:b] - begins[:-1], np.diff(begins))
         positions += np.arange(begin, end)
         shuffled = positions[_permutation(end - begin, self.seed, _WINDOW, self.epoch, lane, nth)]
         return _Window(begin, end, shuffled)
+
+    def _window_at(self, lane: int, place: int) -> tuple[int, int]:
+        """Which of its windows the lane is in at place, and how many it has."""
+        first, num = self._lane_pieces[lane], self._lane_pieces[lane + 1] - self._lane_pieces[lane]
+        num_windows = -(-num // self.window_shards)
+        piece = int(np.searchsorted(self._piece_begin, place, side="right")) - 1 - first
+        return ((piece + 1) * num_windows - 1) // num, num_windows
+
+    def _window_pieces(self, lane: int, nth: int) -> tuple[int, int]:
+        """The pieces a..b-1 that the nth window of the lane mixes."""
+        first, num = self._lane_pieces[lane], self._lane_pieces[lane + 1] - self._lane_pieces[lane]
+        num_windows = -(-num // self.window_shards)
+        return first + num * nth // num_windows, first + num * (nth + 1) // num_windows
 
 
 def _random(

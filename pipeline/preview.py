@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from linerate.pipeline.cache import open_shards
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import decode_rgb
@@ -37,7 +38,7 @@ class ChosenFetch:
     positions: tuple[int, ...]
 
     def __call__(self, step: int) -> EncodedBatch:
-        reader = ShardReader(Catalog.load(self.root))
+        reader = ShardReader(open_shards(self.root))
         try:
             return reader.read(np.array(self.positions, dtype=np.int64))
         finally:

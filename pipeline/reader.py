@@ -1,4 +1,4 @@
-"""JPEG bytes by position, from local shards, with read-ahead over the steps that come."""
+"""JPEG bytes by position, from shards here or by the cache, with read-ahead over the steps that come."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import errno
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from linerate.pipeline.ahead import Ahead
 from linerate.pipeline.bad_samples import BadSamples, KnownBad
+from linerate.pipeline.cache import LostShardError, ShardCache, open_shards
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.order import EpochOrder
 from linerate.shards.catalog import Catalog
@@ -44,7 +46,11 @@ class ShardReader:
         self.catalog = catalog
         self._starts = catalog.starts
         self._index = lru_cache(maxsize=num_shards_at_hand)(catalog.shard_index)
-        self._files = _OpenFiles(catalog.shard_path, max_files=min(num_shards_at_hand, _max_open_files()))
+        open_tar: Callable[[int], int] = partial(_open_local, catalog)
+        self._ahead: Ahead | None = None
+        if isinstance(catalog.bring, ShardCache):
+            self._ahead, open_tar = Ahead(catalog.bring), catalog.bring.open_tar
+        self._files = _OpenFiles(open_tar, max_files=min(num_shards_at_hand, _max_open_files()))
 
     def read(self, positions: Ints, *, verify: bool = False) -> EncodedBatch:
         """The samples at positions, in that order.
@@ -52,6 +58,8 @@ class ShardReader:
         verify: whether every sample is held against its checksum: 7 us for one of 110 KB.
         Raises BadSamples with all of them that cannot be had, or with the first shard that is lost.
         """
+        if self._ahead is not None:
+            self._have(self._ahead, positions)
         rows = self.index_rows(positions)
         jpegs, bad = self._read_bytes(rows["shard"], rows["offset"], rows["size"])
         if verify:
@@ -85,13 +93,37 @@ class ShardReader:
 
     def advise(self, positions: Ints) -> None:
         """Let the kernel fetch the samples at positions in the background; returns at once."""
+        if self._ahead is not None:  # what is not here yet is no read of the disk
+            here = [self._ahead.has(shard) for shard in self._shards(positions).tolist()]
+            positions = positions[here]
         for one, nth, index in self._by_shard(self._shards(positions), positions):
             file = self._open(one)
             for offset, size in zip(index.offset[nth].tolist(), index.size[nth].tolist(), strict=True):
                 os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
+    @property
+    def is_remote(self) -> bool:
+        """Do the shards come by the cache?"""
+        return self._ahead is not None
+
+    def will_read(self, shards: Sequence[int]) -> None:
+        """Fetch these shards in the background, the first ones first, and let the cache drop all others."""
+        if self._ahead is not None:
+            self._ahead.want(shards)
+            self._files.close(but=frozenset(shards))
+
     def close(self) -> None:
         self._files.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _have(self, ahead: Ahead, positions: Ints) -> None:
+        shards = self._shards(positions)
+        try:
+            ahead.need(np.unique(shards).tolist())
+        except LostShardError as error:
+            lost = positions[shards == error.shard].tolist()
+            raise BadSamples([], lost, error.reason, shard=error.shard) from error
 
     def _shards(self, positions: Ints) -> Ints:
         return np.searchsorted(self._starts, positions, side="right") - 1
@@ -130,6 +162,8 @@ class ShardReader:
     def _open(self, shard: int) -> int:
         try:
             return self._files.open(shard)
+        except LostShardError as error:
+            raise BadSamples([], [], error.reason, shard=shard) from error
         except OSError as error:
             if error.errno not in _SHARD_IS_LOST:
                 raise
@@ -167,6 +201,7 @@ class EpochFetch:
         self._order: EpochOrder | None = None
         self._reader: ShardReader | None = None
         self._advised = -1
+        self._told = (0, 0)  # the steps whose coming shards the reader was told
 
     @property
     def rank_batch(self) -> int:
@@ -184,12 +219,24 @@ class EpochFetch:
     def __call__(self, step: int) -> EncodedBatch:
         """The batch of step, each byte checked. Raises BadSamples for what is not known to be bad yet."""
         order, reader = self._open()
+        if reader.is_remote and not self._told[0] <= step < self._told[1]:
+            self._tell_coming(order, reader, step)
         # A worker that is given every fourth step advises every fourth: the others advise theirs.
         ahead = step + self.ahead_steps
         if self.ahead_steps and ahead < order.num_steps and ahead != self._advised:
             reader.advise(self._stand_ins(ahead))
             self._advised = ahead
         return reader.read(self._stand_ins(step), verify=True)
+
+    def _tell_coming(self, order: EpochOrder, reader: ShardReader, step: int) -> None:
+        """Have the shards of this window and the next fetched, at an epoch's end those of the next epoch."""
+        rank: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size}
+        coming, change = order.coming_shards(step, **rank)
+        if change == order.num_steps:
+            following = self._order_of(reader.catalog, self.epoch + 1)
+            coming += following.coming_shards(0, num_windows=1, **rank)[0]
+        reader.will_read([shard for _, shard in coming])
+        self._told = step, change
 
     def _stand_ins(self, step: int) -> Ints:
         return self.known_bad.stand_ins(self.positions(step), self.starts)
@@ -219,31 +266,34 @@ class EpochFetch:
             # A lane holds one window, the reads ahead may stand in the next.
             lanes = self.num_lanes // self.world_size
             at_hand = lanes * 2 * (self.window_shards + 1)
-            self._reader = ShardReader(Catalog.load(self.root), num_shards_at_hand=at_hand)
+            self._reader = ShardReader(open_shards(self.root), num_shards_at_hand=at_hand)
         if self._order is None:
-            self._order = EpochOrder(
-                self._reader.catalog.shard_sizes,
-                seed=self.seed,
-                epoch=self.epoch,
-                global_batch=self.global_batch,
-                num_lanes=self.num_lanes,
-                window_shards=self.window_shards,
-            )
+            self._order = self._order_of(self._reader.catalog, self.epoch)
         return self._order, self._reader
+
+    def _order_of(self, catalog: Catalog, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            catalog.shard_sizes,
+            seed=self.seed,
+            epoch=epoch,
+            global_batch=self.global_batch,
+            num_lanes=self.num_lanes,
+            window_shards=self.window_shards,
+        )
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._order, self._reader, self._advised = None, None, -1
+        self._order, self._reader, self._advised, self._told = None, None, -1, (0, 0)
 
 
 class _OpenFiles:
     """File descriptors of the shards used last."""
 
-    def __init__(self, shard_path: Callable[[int], Path], *, max_files: int) -> None:
-        self._shard_path, self._max_files = shard_path, max_files
+    def __init__(self, open_shard: Callable[[int], int], *, max_files: int) -> None:
+        self._open_shard, self._max_files = open_shard, max_files
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def open(self, shard: int) -> int:
@@ -251,19 +301,24 @@ class _OpenFiles:
         if file is not None:
             self._files.move_to_end(shard)
             return file
-        file = self._files[shard] = os.open(self._shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        file = self._files[shard] = self._open_shard(shard)
         # Members are read in shuffled order: the kernel's own read-ahead would fetch the wrong ones.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         if len(self._files) > self._max_files:
             os.close(self._files.popitem(last=False)[1])
         return file
 
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def close(self, *, but: frozenset[int] = frozenset()) -> None:
+        for shard in [*self._files]:
+            if shard not in but:
+                os.close(self._files.pop(shard))
 
     def __del__(self) -> None:
         self.close()
+
+
+def _open_local(catalog: Catalog, shard: int) -> int:
+    return os.open(catalog.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _max_open_files() -> int:

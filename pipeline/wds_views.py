@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from linerate.pipeline.bad_samples import BadSamples, KnownBad
+from linerate.pipeline.cache import LostShardError, open_shards
 from linerate.pipeline.pillow_recipe import PillowView, decode
 from linerate.pipeline.reader import EpochFetch
 from linerate.pipeline.recipe import ViewRecipe
@@ -55,7 +56,7 @@ class WebdatasetViews:
         stream = _Stream(
             root=fetch.root,
             seed=(self._seed, epoch, fetch.rank, steps.start),
-            shards=_deal(Catalog.load(fetch.root), fetch, seed=self._seed, epoch=epoch),
+            shards=_deal(open_shards(fetch.root), fetch, seed=self._seed, epoch=epoch),
             known_bad=fetch.known_bad,
             recipe=self._recipe,
             batch=self._batch,
@@ -115,7 +116,7 @@ class _Stream(IterableDataset[Item]):
         nth, num = (info.id, info.num_workers) if info else (0, 1)
         seed = np.random.SeedSequence([word % 2**63 for word in (*self.seed, nth)])
         order, shuffle, views = (np.random.default_rng(one) for one in seed.spawn(3))
-        catalog = Catalog.load(self.root)
+        catalog = open_shards(self.root)
         shards = np.array(self.shards[nth::num])
         if not len(shards):
             raise UserError("none of a rank's shards is left; `linerate shard verify` lists what is damaged")
@@ -145,7 +146,10 @@ class _Stream(IterableDataset[Item]):
 def _shard_urls(catalog: Catalog, shards: list[int]) -> Iterator[dict[str, Any]]:
     """The tars. Raises BadSamples for one that is not as long as it was packed."""
     for shard in shards:
-        path = catalog.shard_path(shard)
+        try:
+            path = catalog.ready_path(shard)
+        except LostShardError as error:
+            raise BadSamples([], [], error.reason, shard) from error
         size = path.stat().st_size if path.exists() else 0
         if size != catalog.shard_bytes[shard]:
             raise BadSamples([], [], f"{path} holds {size:,} bytes of {catalog.shard_bytes[shard]:,}", shard)

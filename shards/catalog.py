@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,12 @@ class ShardIndex:
         return len(self.sample_id)
 
 
+class Bring(Protocol):
+    """Has a file of a shard here before it is opened, wherever it lies. Raises UserError where it cannot."""
+
+    def __call__(self, shard: int, suffix: str) -> Path: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Catalog:
     """The header of a finished set of shards; S shards, N samples at positions 0..N-1."""
@@ -84,6 +90,8 @@ class Catalog:
     """(S,) xxh3_64 of each tar."""
     appends: tuple[dict[str, Any], ...] = ()
     """What was added to the shards later, in order: plan, options, first shard and sample, counts."""
+    bring: Bring | None = None
+    """What fetches tars and indexes of shards that lie elsewhere; None: all are in root."""
 
     @classmethod
     def load(cls, root: Path | str) -> Catalog:
@@ -98,7 +106,7 @@ class Catalog:
             table = _without_unfinished(pq.read_table(root / SHARDS_NAME), header)
             sizes, size_bytes, xxh3 = (_column(table, name) for name in ("samples", "bytes", "xxh3"))
             files = table.column("file").to_pylist()
-            totals = {key: int(header[key]) for key in _TOTALS}
+            totals: dict[str, Any] = {key: int(header[key]) for key in _TOTALS}
             catalog = cls(
                 root=root,
                 name=str(header["name"]),
@@ -145,6 +153,10 @@ class Catalog:
         """The tar of this shard."""
         return self.root / self.files[shard]
 
+    def ready_path(self, shard: int, suffix: str = ".tar") -> Path:
+        """A file of this shard that can be opened: fetched first where it lies elsewhere."""
+        return self.bring(shard, suffix) if self.bring else self.shard_path(shard).with_suffix(suffix)
+
     def shard_index(self, shard: int) -> ShardIndex:
         """Load the numeric columns of one shard's index. Raises UserError when it is missing or cut short."""
         names = [field.name for field in fields(ShardIndex)]
@@ -157,7 +169,7 @@ class Catalog:
 
     def load_table(self, shard: int, columns: list[str] | None = None) -> Any:
         """Load columns of one shard's .parquet as an Arrow table of shard_sizes[shard] rows."""
-        path = self.shard_path(shard).with_suffix(".parquet")
+        path = self.ready_path(shard, ".parquet")
         try:
             table = pq.read_table(path, columns=columns)
         except FileNotFoundError:

@@ -12,8 +12,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from linerate.pipeline.cache import (
+    CacheOptions,
+    ShardCache,
+    cache_need,
+    lanes_here,
+    open_shards,
+    require_room,
+)
+from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
-from linerate.shards.errors import UserError
+from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.terminal import dispatch, emit_json, parse_args
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
@@ -29,11 +38,11 @@ class ConfigFlags(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand:
+class TrainCommand(CacheOptions):
     """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
 
-    shards: Path | None = None
-    """Folder that `linerate shard pack` made; --dry-run does without."""
+    shards: str | None = None
+    """Folder that `linerate shard pack` made, or its URL (s3://, gs://, https://); --dry-run does without."""
     # Under torchrun only the long name works: it takes --run for a beginning of its own --run-path.
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder for log, checkpoints and config; under torchrun write --run-dir."""
@@ -76,7 +85,8 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
     command = parse_args(TrainCommand, words, prog=f"linerate train {argv[0]}", default=default)
     config = TrainConfig(**_fields(command.config))
     if command.shards is not None:
-        require_one_batch(config.optim.global_batch, num_images=Catalog.load(command.shards).num_samples)
+        num_images = open_shards(command.shards, command).num_samples
+        require_one_batch(config.optim.global_batch, num_images=num_images)
     lr_given = _is_given("--lr", words)
     return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
 
@@ -110,33 +120,50 @@ def _print_recipes() -> None:
 def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
     from linerate.train.memory import estimate_memory
 
-    num_images = Catalog.load(command.shards).num_samples if command.shards else nominal_images
+    catalog = open_shards(command.shards, command) if command.shards else None
+    num_images = catalog.num_samples if catalog else nominal_images
     if num_images is None:
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_run(config, num_images=num_images, world_size=world_size)
     memory = estimate_memory(config, rank_batch=plan.rank_batch)
+    cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
 
-        emit_json({"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)})
+        result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)}
+        emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
     for name, value in plan_rows(plan, memory):
         table.add_row(name, value)
+    if cache:
+        need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
+        table.add_row("shard cache", f"{need} at a time on this machine, --cache-bytes {budget}")
     Console().print(table)
     return 0
 
 
-def _train(command: TrainCommand, config: TrainConfig, *, shards: Path, run: Path) -> int:
+def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
+    """What this machine's ranks read at a time and what the cache may hold, which must not be less."""
+    lanes = lanes_here(config.lanes, world_size=world_size)
+    require_room(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
+    assert isinstance(catalog.bring, ShardCache)
+    need = cache_need(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
+    return {"need_bytes": need, "budget_bytes": catalog.bring.budget}
+
+
+def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path) -> int:
     from linerate.train.display import show_run
     from linerate.train.pretrain import pretrain
 
     if int(os.environ.get("RANK", "0")):
-        pretrain(config, shards=shards, run_dir=run, resume=command.resume)
+        pretrain(config, shards=shards, cache=command, run_dir=run, resume=command.resume)
         return 0
     with show_run(f"{config.recipe} in {run}") as on_event:
-        summary = pretrain(config, shards=shards, run_dir=run, resume=command.resume, on_event=on_event)
+        summary = pretrain(
+            config, shards=shards, cache=command, run_dir=run, resume=command.resume, on_event=on_event
+        )
     result = {"run": str(run), "finished": summary.finished, **dataclasses.asdict(summary)}
     if command.json:
         emit_json(result)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config import Watch
@@ -70,7 +71,13 @@ class KnnMonitor:
 
 
 def open_monitor(
-    watch: Watch, catalog: Catalog, *, size: int, device: str, num_threads: int | None
+    watch: Watch,
+    catalog: Catalog,
+    *,
+    size: int,
+    device: str,
+    num_threads: int | None,
+    cache: CacheOptions | None = None,
 ) -> tuple[KnnMonitor | None, str | None]:
     """The monitor, or None and the reason why there is none.
 
@@ -78,8 +85,8 @@ def open_monitor(
     """
     if not watch.knn_epochs:
         return None, None
-    train = Catalog.load(watch.knn_train) if watch.knn_train else catalog
-    test = Catalog.load(watch.knn_test) if watch.knn_test else None
+    train = open_shards(watch.knn_train, cache) if watch.knn_train else catalog
+    test = open_shards(watch.knn_test, cache) if watch.knn_test else None
     try:
         split = open_split(train, test, test_share=watch.knn_test_share).first(watch.knn_limit)
     except UserError as error:

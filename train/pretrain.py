@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
@@ -66,19 +67,21 @@ def pretrain(
     *,
     shards: Path | str,
     run_dir: Path | str,
+    cache: CacheOptions | None = None,
     resume: bool = False,
     on_event: OnEvent | None = None,
 ) -> Summary:
     """Run MoCo to its end, or until SIGINT or SIGTERM, and leave a checkpoint either way.
 
+    shards: a folder, or a URL, whose shards are kept here as cache says.
     on_event gets every event of the run (start, step, knn, checkpoint, note, end), on rank 0 only.
     resume continues from the newest whole checkpoint and starts anew where there is none.
     Raises UserError before the first image is read, for whatever cannot work.
     """
-    config, folder, catalog = with_lanes(config), RunFolder(Path(run_dir)), Catalog.load(shards)
+    config, folder, catalog = with_lanes(config), RunFolder(Path(run_dir)), open_shards(shards, cache)
     require_one_batch(config.optim.global_batch, num_images=catalog.num_samples)
     with open_accelerator(config, run_dir=folder.root) as accelerator:
-        run = _open_run(config, folder, catalog, accelerator, resume=resume, on_event=on_event)
+        run = _open_run(config, folder, catalog, accelerator, cache=cache, resume=resume, on_event=on_event)
         try:
             with stop_on_signals() as stop:
                 run.train(stop)
@@ -94,6 +97,7 @@ def _open_run(
     catalog: Catalog,
     accelerator: Accelerator,
     *,
+    cache: CacheOptions | None,
     resume: bool,
     on_event: OnEvent | None,
 ) -> _Run:
@@ -110,6 +114,7 @@ def _open_run(
         size=config.views.size,
         device=device,
         num_threads=config.speed.loader_threads,
+        cache=cache,
     )
     loader = open_views(
         catalog,

@@ -10,20 +10,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from linerate.shards.catalog import Catalog
+from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, parse_args, progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnCommand:
+class KnnCommand(CacheOptions):
     """kNN on an encoder's features: no training, no parameters."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one checkpoint of it."""
-    train: Path
-    """Labelled shards that vote."""
-    test: Path | None = None
+    train: str
+    """Labelled shards that vote: a folder or a URL (s3://, gs://, https://)."""
+    test: str | None = None
     """Labelled shards that are judged; without them a share of --train is held out."""
     test_share: float = 0.1
     """Share of --train that is held out, by a hash of the sample's id."""
@@ -43,6 +43,7 @@ class KnnCommand:
     """One JSON object on stdout instead of a table."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.test_share < 1:
             raise UserError(f"--test-share {self.test_share} must lie between 0 and 1, as 0.1")
         if self.k < 1 or not self.temperature > 0:
@@ -74,8 +75,8 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
     from linerate.train.evaluate.judge import KnnOptions, contestants, encoder_features, judge_by_knn
 
     trained = load_trained(command.run)
-    test = Catalog.load(command.test) if command.test else None
-    split = open_split(Catalog.load(command.train), test, test_share=command.test_share)
+    test = open_shards(command.test, command) if command.test else None
+    split = open_split(open_shards(command.train, command), test, test_share=command.test_share)
     options = KnnOptions(
         size=command.size or trained.config.views.size,
         k=command.k,
