@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 
@@ -63,9 +65,11 @@ def test_a_start_step_past_the_end_is_an_error(catalog):
         next(synthetic(catalog, recipe=v2(size=8)).epoch(0, start_step=6))
 
 
-def test_every_backend_of_the_list_has_its_module():
-    for name in set(BACKENDS):
-        open_backend(name, recipe=v2(size=8), seed=0, batch=2, num_threads=1).close()
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_every_backend_of_the_list_has_its_module(name):
+    if name == "ffcv" and importlib.util.find_spec("ffcv") is None:
+        pytest.skip("ffcv is not installed (make ffcv): whether its backend opens stays untested")
+    open_backend(name, recipe=v2(size=8), seed=0, batch=2, num_threads=1).close()
 
 
 def real(catalog, backend, **options):
