@@ -170,6 +170,7 @@ def _write_catalog(root: Path, header: dict[str, Any], marks: dict[str, ShardMar
             "max_width": max(mark.max_width for mark in kept.values()),
             "max_sample_bytes": max(mark.max_sample_bytes for mark in kept.values()),
             "options": dict(header.get("options") or {}),
+            "filtered": dict(header.get("filtered") or {}),
             "class_names": names,
         },
         shards=pa.table(
