@@ -112,8 +112,8 @@ def _require_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
     except OSError as error:
         raise UserError(
-            f"nothing answers at --ray-address {address} ({error.strerror or error}); give the address of "
-            f"the cluster's head, mostly port 6379"
+            f"nothing answers at --ray-address {address} ({error.strerror or error}); give that of the "
+            f"cluster's head, mostly port 6379"
         ) from None
 
 
