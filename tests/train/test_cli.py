@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from tests.train.small import SMALL
 
@@ -173,3 +174,18 @@ def test_export_writes_the_file_and_its_card(
     assert told["max_difference"] <= 1e-5
     assert Path(told["card"]).exists()
     assert "no tiny-resnet-w4" in _error(capsys, "export", str(run), "--to", "timm", "--out", str(out))
+
+
+def test_a_dry_run_over_shards_elsewhere_tells_what_the_cache_must_hold(
+    shards: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsspec.filesystem("memory").put(str(shards.root), "/dry-run", recursive=True)
+    flags = ["--shards", "memory://dry-run", "--cache-dir", str(tmp_path)]
+    flags += ["--global-batch", "16", "--lr", "0.1", "--bn-group", "16"]
+    assert main(["train", "demo", "--dry-run", *flags, "--cache-bytes", "1GB", "--json"]) == 0
+    need = json.loads(capsys.readouterr().out)["cache"]["need_bytes"]
+    assert need == shards.shard_bytes.sum()
+    assert main(["train", "demo", "--dry-run", *flags, "--cache-bytes", "1GB"]) == 0
+    assert "shard cache" in capsys.readouterr().out
+    assert not [*tmp_path.rglob("*.tar")]
+    assert "does not hold" in _error(capsys, "train", "demo", "--dry-run", *flags, "--cache-bytes", "9kB")
