@@ -150,8 +150,10 @@ def test_an_address_without_the_engine_is_refused() -> None:
         Engine(ray_address="auto")
 
 
-def test_an_address_where_nothing_listens_is_told_at_once() -> None:
-    pytest.importorskip("ray", reason="needs Ray: the check of --ray-address stays untested")
+def test_an_address_where_nothing_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs Ray: the check of --ray-address stays untested")
+    # The cluster of the other tests would be used as it is.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(UserError, match=f"nothing answers at --ray-address 127.0.0.1:{port}"):

@@ -32,12 +32,12 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem()
-    store.mkdir("photos")
+    store.mkdir("objects")
     for name, data in FILES.items():
-        store.pipe_file(f"photos/{name}", data)
-    store.pipe_file("photos/empty.jpg", b"")
-    yield "photos"
-    store.rm("photos", recursive=True)
+        store.pipe_file(f"objects/{name}", data)
+    store.pipe_file("objects/empty.jpg", b"")
+    yield "objects"
+    store.rm("objects", recursive=True)
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -181,7 +181,7 @@ def test_a_dry_run_over_shards_elsewhere_tells_what_the_cache_must_hold(
 ) -> None:
     fsspec.filesystem("memory").put(str(shards.root), "/dry-run", recursive=True)
     flags = ["--shards", "memory://dry-run", "--cache-dir", str(tmp_path)]
-    flags += ["--global-batch", "16", "--lr", "0.1", "--bn-group", "16"]
+    flags += ["--global-batch", "16", "--lr", "0.1", "--bn-group", "8"]
     assert main(["train", "demo", "--dry-run", *flags, "--cache-bytes", "1GB", "--json"]) == 0
     need = json.loads(capsys.readouterr().out)["cache"]["need_bytes"]
     assert need == shards.shard_bytes.sum()
