@@ -73,7 +73,7 @@ def prepare_tasks(
     """
     folder = plan.folder / SPILL_NAME
     layout = make_layout(plan) if shards else None
-    if layout is None or layout.row_bytes <= whole_bytes():
+    if layout is None or layout.total <= whole_bytes():
         shutil.rmtree(folder, ignore_errors=True)
         if layout:
             _read_whole(plan, layout, on_progress)

@@ -36,6 +36,16 @@ def test_pack_tells_what_it_packed(capsys: Capture, photo_folder: Path, tmp_path
     assert Catalog.load(tmp_path / "out").seed == 3
 
 
+def test_pack_takes_the_classes_of_a_ground_truth(capsys: Capture, tmp_path: Path, make_jpeg: Any) -> None:
+    (tmp_path / "in").mkdir()
+    for number in (1, 2):
+        (tmp_path / "in" / f"ILSVRC2012_val_0000000{number}.JPEG").write_bytes(make_jpeg(number))
+    (tmp_path / "truth.txt").write_text("n02119789\nn01440764\n")
+    truth = ["--ground-truth", tmp_path / "truth.txt"]
+    code, result, _ = run(capsys, "pack", tmp_path / "in", *truth, tmp_path / "out", "--workers", 0)
+    assert (code, result["classes"]) == (0, {"n01440764": 1, "n02119789": 1})
+
+
 def test_pack_prints_a_table_with_the_rejects(capsys: Capture, tmp_path: Path, make_jpeg: Any) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(make_jpeg(0))

@@ -248,6 +248,17 @@ def test_a_spill_of_another_plan_is_not_used(small: None, tars: Path, tmp_path: 
     assert Layout.load(plan)
 
 
+def test_few_samples_of_tars_that_do_not_fit_into_memory_are_not_read_with_all_the_rest(
+    small: None, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = spilled(tars, tmp_path / "out")
+    layout = make_layout(plan)
+    assert layout
+    assert layout.row_bytes < layout.total
+    monkeypatch.setattr(spill, "whole_bytes", lambda: layout.row_bytes)
+    assert spilled(tars, tmp_path / "out2").folder.joinpath("spill", "layout.json").exists()
+
+
 def test_a_task_whose_spill_was_removed_does_nothing(small: None, tars: Path, tmp_path: Path) -> None:
     plan = spilled(tars, tmp_path / "out")
     shutil.rmtree(plan.folder / "spill")
