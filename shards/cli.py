@@ -176,7 +176,7 @@ def main_finish(argv: list[str]) -> int:
 
 def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, seconds: float) -> None:
     """What OUT holds now, as a table or as JSON."""
-    from linerate.shards.overview import summarize
+    from linerate.shards.overview import NO_CLASS, summarize
 
     overview = summarize(catalog)
     if args.json:
@@ -184,7 +184,8 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
         terminal.emit_json(overview.to_json() | rates | {"appends": list(catalog.appends)})
         return
     table = Table(title=f"{catalog.root}", title_justify="left", show_header=False, box=None)
-    table.add_row("samples", f"{catalog.num_samples:,} in {len(overview.classes)} classes")
+    num_classes = len(overview.classes.keys() - {NO_CLASS})
+    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes")
     table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
     if catalog.appends:
         last = catalog.appends[-1]

@@ -46,6 +46,13 @@ def test_pack_takes_the_classes_of_a_ground_truth(capsys: Capture, tmp_path: Pat
     assert (code, result["classes"]) == (0, {"n01440764": 1, "n02119789": 1})
 
 
+def test_images_without_labels_make_no_class(capsys: Capture, tmp_path: Path, make_jpeg: Any) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(make_jpeg(0))
+    assert main(["shard", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert "1 in no classes" in capsys.readouterr().out
+
+
 def test_pack_prints_a_table_with_the_rejects(capsys: Capture, tmp_path: Path, make_jpeg: Any) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(make_jpeg(0))
