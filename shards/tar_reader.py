@@ -29,7 +29,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class OtherMember:
-    """A link, device, sparse file or overlong name inside a tar; folders are not listed."""
+    """A link, device, sparse file, or what has no name or an overlong one; folders are not listed."""
 
     name: bytes
     kind: str
@@ -98,6 +98,8 @@ class _Said:
 
 def _member(name: bytes, kind: bytes, data: int, size: int) -> Member | OtherMember | None:
     if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
+        if not name:
+            return OtherMember(b"(no name)", "a member without a name")
         if len(name) > MAX_NAME_BYTES:
             return OtherMember(name[:100] + b"...", f"a name of {len(name)} bytes")
         return Member(name, data, size)

@@ -180,6 +180,14 @@ def test_sparse_files_are_no_members_and_their_maps_are_stepped_over(tmp_path: P
     assert read(tmp_path / "x.tar") == [("a", b"ok")]
 
 
+def test_a_member_without_a_name_is_no_member(tmp_path: Path) -> None:
+    header = bytearray(_with_header(b"a", b"0", b"00000000000\0"))
+    header[0] = 0
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
+    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(1024))
+    assert list(read_members(tmp_path / "x.tar")) == [OtherMember(b"(no name)", "a member without a name")]
+
+
 def test_a_name_that_no_file_system_takes_is_no_member(tmp_path: Path) -> None:
     members = [("n" * 4096, b"x"), ("n" * 4097, b"x")]
     path = write_tar(tmp_path / "x.tar", members, format=tarfile.GNU_FORMAT)
@@ -207,20 +215,17 @@ def test_a_tar_in_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:
     assert isinstance(behind, Member)
 
 
-@st.composite
-def damaged_tars(draw: st.DrawFn) -> bytes:
-    """A tar with everything in it that the reader knows, some headers hit, all sums right again or not."""
+def damaged(hits: list[tuple[int, bytes]], *, mend_sums: bool, keep: int, more: bytes) -> bytes:
+    """A tar with everything in it that the reader knows, hit in some places, cut and gone on with."""
     stored = bytearray(_whole())
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(stored) - 1))
-        new = draw(st.binary(min_size=1, max_size=16))
+    for at, new in hits:
         stored[at : at + len(new)] = new
-    if draw(st.booleans()):
+    if mend_sums:
         for at in range(0, len(stored) - 511, 512):
             if stored[at + 257 : at + 262] == b"ustar":
                 total = sum(stored[at : at + 148]) + 256 + sum(stored[at + 156 : at + 512])
                 stored[at + 148 : at + 156] = b"%06o\0 " % total
-    return bytes(stored[: draw(st.integers(0, len(stored)))]) + draw(st.binary(max_size=600))
+    return bytes(stored[:keep]) + more
 
 
 @functools.cache
@@ -245,12 +250,25 @@ def _whole() -> bytes:
     return out.getvalue()
 
 
+places = st.integers(0, 17_000)  # of 20,480 bytes; what follows are zeros
+
+
 @settings(max_examples=300, deadline=None)
-@given(stored=damaged_tars())
+@given(
+    hits=st.lists(st.tuples(places, st.binary(min_size=1, max_size=16)), max_size=4),
+    mend_sums=st.booleans(),
+    keep=places | st.just(1 << 20),
+    more=st.binary(max_size=600),
+)
 def test_any_damage_to_headers_is_a_user_error_or_rows_within_the_file(
-    stored: bytes, tmp_path_factory: pytest.TempPathFactory
+    hits: list[tuple[int, bytes]],
+    mend_sums: bool,
+    keep: int,
+    more: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.tar"
+    stored = damaged(hits, mend_sums=mend_sums, keep=keep, more=more)
     path.write_bytes(stored)
     with contextlib.suppress(UserError):
         for row in TarSource([path]).rows():
