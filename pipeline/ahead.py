@@ -147,7 +147,10 @@ class Ahead:
         for suffix in (TAR, INDEX):
             if not cache.fetch(shard, suffix, urgent=urgent, pace=pace):
                 return False
-        file = cache.open_tar(shard)
+        # In the background a tar that was evicted meanwhile is not fetched past the budget.
+        file = cache.open_tar(shard) if urgent else cache.hold_tar(shard)
+        if file is None:
+            return False
         with self._changed:
             if shard in self._held or not self._may_hold(shard):
                 os.close(file)

@@ -181,15 +181,21 @@ class ShardCache:
     def open_tar(self, shard: int) -> int:
         """A descriptor of the tar; until it is closed nobody evicts the file."""
         while True:
-            path = self(shard, TAR)
-            try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # evicted just now
-            fcntl.flock(file, fcntl.LOCK_SH)
-            if os.fstat(file).st_nlink:
+            self(shard, TAR)
+            if (file := self.hold_tar(shard)) is not None:
                 return file
-            os.close(file)
+
+    def hold_tar(self, shard: int) -> int | None:
+        """As open_tar, but None where the tar is not here: somebody has just evicted it."""
+        try:
+            file = os.open(self.path(shard, TAR), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
+        return None
 
     def fetch(
         self, shard: int, suffix: str, *, urgent: bool = True, pace: Callable[[], None] = lambda: None

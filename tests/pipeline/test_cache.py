@@ -278,6 +278,13 @@ def test_a_shard_that_left_is_fetched_again(server, tmp_path):
     assert server.counts[first.name] == 2
 
 
+def test_what_is_held_in_the_background_is_not_fetched_again_once_it_left(server, tmp_path):
+    remote = opened(server, tmp_path)
+    remote.ready_path(0).unlink()
+    assert remote.bring.hold_tar(0) is None
+    assert server.counts["test-000000.tar"] == 1
+
+
 def test_the_coming_window_arrives_in_the_background(server, tmp_path):
     remote = opened(server, tmp_path)
     ahead = Ahead(remote.bring)
