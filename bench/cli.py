@@ -80,7 +80,9 @@ def main_run(argv: list[str]) -> int:
     from linerate.bench.timing import MIN_ROUNDS
 
     suite = SUITES[config.suite]
-    names = select([*config.names] or [*suite.names])
+    names = select([*config.names])
+    if not config.names:
+        names = [name for name in names if name not in suite.only_by_name]
     rounds = suite.rounds if config.rounds is None else config.rounds
     if rounds < MIN_ROUNDS:
         raise UserError(f"--rounds {rounds} cannot carry a 95 % interval; give {MIN_ROUNDS} or more")

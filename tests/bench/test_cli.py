@@ -133,3 +133,20 @@ def test_compare_exits_with_1_on_a_regression_only(capsys: pytest.CaptureFixture
     assert [d["regressed"] for d in found["differences"]] == [True, False]
     assert cli.main(["compare", str(a), str(b), "--tolerance", "0.2"]) == 1
     assert "past the tolerance" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_cpu_suite_leaves_out_what_takes_an_hour_unless_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    ran: list[str] = []
+
+    def note(name: str, **_: object) -> Iterator[None]:
+        ran.append(name)
+        return iter(())
+
+    toy = registry.BENCHMARKS["squares"]
+    monkeypatch.setattr(registry, "BENCHMARKS", {"ema": toy, "plan": toy})
+    monkeypatch.setattr(registry, "run_benchmark", note)
+    for names in ([], ["plan"]):
+        cli.main(["run", *names, "--json"])
+    assert ran == ["ema", "plan"]
