@@ -20,9 +20,11 @@ from linerate.shards.errors import UserError
 from linerate.shards.options import Sizing
 from linerate.shards.out_folder import WORK_NAME
 from linerate.shards.plan import HEADER_NAME, Plan, make_plan_without
-from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
+from linerate.shards.plan_rows import DUPLICATE_BYTES, SHARDS_PER_FILE, rows_path
 
 _PLACE_NAME = "place.json"
+# As the shards have it: without a name and password in a URL, see remote_url.without_userinfo.
+_PLAIN_KEY = r"regexp_replace(key, '^([Hh][Tt][Tt][Pp][Ss]?://)[^/?#]*@', '\1')"
 _KNOWN_NAME = "known.json"
 
 
@@ -59,14 +61,15 @@ class Base:
     def drop_known(self, plan: Plan, *, sizing: Sizing, memory: str) -> Plan:
         """The plan less the samples whose key is there, with the classes that are there numbered as there.
 
-        There is what was packed and what was rejected after it had got a place. DuckDB joins, so that memory
-        stays bounded; the count is kept beside the plan. Raises NothingNewError when none is left.
+        There is what was packed, what was rejected after it had got a place, and what had the bytes of
+        another. DuckDB joins, so that memory stays bounded; the count is kept beside the plan. Raises
+        NothingNewError when none is left.
         """
         from linerate.shards.plan_query import open_database
 
         files = [os.fspath((self.out / file).with_suffix(".parquet")) for file in self.catalog.files]
         planned = " UNION ALL ".join(
-            f"SELECT file_row_number + {plan.first_sample_id(shard)} AS sample_id, key "
+            f"SELECT file_row_number + {plan.first_sample_id(shard)} AS sample_id, {_PLAIN_KEY} AS key "
             f"FROM read_parquet({_quoted(rows_path(plan.folder, shard))}, file_row_number = true)"
             for shard in range(0, plan.num_shards, SHARDS_PER_FILE)
         )
@@ -75,7 +78,7 @@ class Base:
                 f"SELECT sample_id FROM ({planned}) SEMI JOIN ("
                 f"SELECT key FROM read_parquet([{', '.join(map(_quoted, files))}]) UNION ALL "
                 f"SELECT key FROM read_parquet({_quoted(self.catalog.root / REJECTED_NAME)}) "
-                f"WHERE sample_id IS NOT NULL) USING (key) ORDER BY sample_id"
+                f"WHERE sample_id IS NOT NULL OR reason = '{DUPLICATE_BYTES}') USING (key) ORDER BY sample_id"
             )
             # The name of the same method differs between DuckDB 1 and 2.
             reader = getattr(found, "to_arrow_reader", None) or found.fetch_arrow_reader
@@ -123,6 +126,7 @@ class Base:
             **{name: max(getattr(old, name), header[name]) for name in _MAXIMA},
             "options": old.options,
             "filtered": old.filtered,
+            "listed_id": old.listed_id,
             "appends": [*old.appends, record],
         }
         return extended, pa.concat_tables([pq.read_table(old.root / SHARDS_NAME), shards]), rejects

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
 TRIES = 6
 BACKOFF_S = 0.5
+# A missing object is an error of the same type, and its path may hold the word.
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
 # A part is long for a slow line.
 _TIMEOUT_S = 60.0
 T = TypeVar("T")
@@ -92,7 +95,7 @@ class Bucket:
             try:
                 return function()
             except FileNotFoundError as error:
-                if "bucket" in str(error).lower():
+                if _NO_BUCKET.search(str(error)):
                     raise UserError(
                         f"{self.url}: {error}; make the bucket first, or give another OUT"
                     ) from None

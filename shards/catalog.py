@@ -88,6 +88,8 @@ class Catalog:
     """(S,) bytes of each tar."""
     shard_xxh3: UInt64s
     """(S,) xxh3_64 of each tar."""
+    listed_id: str = ""
+    """The plan's id before equal images were dropped from it; empty where none were looked for."""
     appends: tuple[dict[str, Any], ...] = ()
     """What was added to the shards later, in order: plan, options, first shard and sample, counts."""
     bring: Bring | None = None
@@ -115,6 +117,7 @@ class Catalog:
                 plan_id=str(header["plan_id"]),
                 class_names=tuple(header["class_names"]),
                 filtered=dict(header.get("filtered", {})),
+                listed_id=str(header.get("listed_id") or ""),
                 files=files,
                 shard_sizes=sizes.astype(np.int64),
                 shard_bytes=size_bytes.astype(np.int64),

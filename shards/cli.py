@@ -44,8 +44,9 @@ class PackArgs(PackOptions, FetchOptions):
     """The classes of ImageNet's validation set: its devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's
     LOC_val_solution.csv, or a text of one wnid per image in the order of their names."""
     staging: Path | None = None
-    """Where OUT is a URL: the folder for the shards that are being packed, two for each worker; by default
-    under the system's temporary folder."""
+    """Where OUT is a URL: the folder for the plan, for shards that are being packed (two for each worker),
+    and for a copy of large tars while they are shuffled; by default under the system's temporary folder.
+    With --engine ray one that all nodes share."""
     memory: str = DEFAULT_MEMORY
     """What planning may take of the memory; the list of more images spills into OUT."""
     append: bool = False
@@ -144,7 +145,10 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
     if args.json:
         terminal.emit_json(dataclasses.asdict(report))
     elif report.finished:
-        Console().print(f"{out} is finished, nothing was left to do for {part}", soft_wrap=True)
+        Console().print(
+            f"{out} is finished, nothing was left to do for {part}; its source was not compared",
+            soft_wrap=True,
+        )
     else:
         Console().print(
             f"{part}: its {report.mine} of {report.num_shards} shards are whole, {report.packed_now} packed "

@@ -2,7 +2,9 @@
 
 What it costs: the whole source is read once more before packing (over the network: fetched once more), at
 the speed of the reader, in as many processes as packing uses. The hashes, 24 bytes an image beside its key,
-lie in OUT/.pack until the shards are done, so a run that was killed goes on where it stopped.
+lie in OUT/.pack until the shards are done, so a run that was killed goes on where it stopped (not where OUT
+is a URL), and one that is done knows it without them. With --worker-index one worker hashes while the others
+wait.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
+from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
 from linerate.shards.fetch import SampleReader, hide_userinfo
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import Sizing
 from linerate.shards.plan import Plan, make_plan_without
+from linerate.shards.plan_rows import DUPLICATE_BYTES
 from linerate.shards.scan import REJECT_SCHEMA
+from linerate.shards.spill import prepare_tasks, spilled_rows
 
 _PLAN_KEY = b"linerate plan"
 _REPORT_EVERY = 256
@@ -53,6 +57,7 @@ def drop_equal_images(
     *,
     sizing: Sizing,
     num_workers: int | None,
+    engine: Engine = LOCAL,
     memory: str,
     max_bytes: int = 1 << 30,
     fetch: FetchOptions | None = None,
@@ -76,11 +81,15 @@ def drop_equal_images(
         for shard in range(plan.num_shards)
     ]
     todo = [task for task in tasks if not _is_done(task, plan.plan_id)]
+    local_workers = choose_num_workers(num_workers, num_bytes=plan.total_bytes, may_crash=False)
     try:
+        # As when packing: large tars are read front to back, not image by image.
+        prepare_tasks(plan, [task.shard for task in todo], num_workers=local_workers)
         failures = run_tasks(
             "linerate.shards.dedup:run_hash_task",
             todo,
-            num_workers=choose_num_workers(num_workers, num_bytes=plan.total_bytes, may_crash=False),
+            num_workers=local_workers if engine.kind == "local" else num_workers,
+            engine=engine,
             on_done=lambda index, result: None,
             on_progress=on_progress,
         )
@@ -100,11 +109,12 @@ def drop_equal_images(
 def run_hash_task(task: HashTask, report: Callable[[int], None]) -> Callable[[], None]:
     """Hash the images of one planned shard into its file."""
     plan = Plan.load(Path(task.plan_folder))
-    rows = hide_userinfo(plan.load_rows(task.shard), plan.containers)
+    rows, containers = spilled_rows(plan, plan.load_rows(task.shard), task.shard)
+    rows = hide_userinfo(rows, containers)
     first = plan.first_sample_id(task.shard)
     sizes: list[int] = rows.column("size").to_pylist()
     hashes: list[bytes | None] = []
-    with SampleReader(rows, plan.containers, max_bytes=task.max_bytes, options=task.fetch) as reader:
+    with SampleReader(rows, containers, max_bytes=task.max_bytes, options=task.fetch) as reader:
         for row in range(len(sizes)):
             if row % _REPORT_EVERY == 0 and row:
                 report(_REPORT_EVERY)
@@ -168,7 +178,7 @@ def _drop(plan: Plan, folder: Path, tasks: list[HashTask], *, sizing: Sizing, me
         ids = _batches(db, "SELECT sample_id FROM dropped ORDER BY sample_id")
         rejects = _batches(
             db,
-            "SELECT NULL::BIGINT AS sample_id, key, size, 'duplicate' AS reason, "
+            f"SELECT NULL::BIGINT AS sample_id, key, size, '{DUPLICATE_BYTES}' AS reason, "
             "'of ' || first_key AS detail FROM dropped ORDER BY key",
         )
         return make_plan_without(
@@ -176,6 +186,7 @@ def _drop(plan: Plan, folder: Path, tasks: list[HashTask], *, sizing: Sizing, me
             (batch.column("sample_id").to_numpy() for batch in ids),
             rejects=(pa.Table.from_batches([batch]).cast(REJECT_SCHEMA) for batch in rejects),
             sizing=sizing,
+            listed_id=plan.plan_id,
         )
 
 

@@ -55,6 +55,7 @@ def finish(
         "max_sample_bytes": max(mark.max_sample_bytes for mark in kept),
         "options": options,
         "filtered": plan.filtered,
+        "listed_id": plan.listed_id,
         "class_names": plan.class_names,
     }
     if base:

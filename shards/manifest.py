@@ -56,18 +56,28 @@ def open_any_source(paths: Sequence[Path | str], *, columns: ManifestColumns) ->
 
 
 def find_manifests(paths: Sequence[Path | str]) -> list[Path]:
-    """The manifests that these paths are: files, a pattern of them, or a folder of Parquet files; or none."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_file() and _kind(path):
-            found.append(path)
-        elif path.is_dir():
-            found += _in_folder(path)
-        elif any(sign in path.name for sign in "*?[") and path.parent.is_dir():
-            found += sorted(one for one in path.parent.glob(path.name) if one.is_file() and _kind(one))
-        if not found:
-            return []
-    return found
+    """The manifests that these paths are: files, a pattern of them, or a folder of Parquet files; or none.
+
+    Raises UserError where some of the paths are manifests and others are not.
+    """
+    found = {path: _manifests_at(path) for path in map(Path, paths)}
+    others = [path for path, manifests in found.items() if not manifests]
+    if others and len(others) < len(found):
+        raise UserError(
+            f"{others[0]} is no manifest, beside others that are; give manifests alone, or none, "
+            f"and see that it exists"
+        )
+    return [manifest for manifests in found.values() for manifest in manifests]
+
+
+def _manifests_at(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if _kind(path) else []
+    if path.is_dir():
+        return _in_folder(path)
+    if any(sign in path.name for sign in "*?[") and path.parent.is_dir():
+        return sorted(one for one in path.parent.glob(path.name) if one.is_file() and _kind(one))
+    return []
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -247,6 +257,7 @@ class _Columns:
             tags=self._tags(),
             containers=[URL_CONTAINER, "/", *folders],
             class_names=class_names,
+            numbered=bool(class_names) and class_names[0].isdigit(),
             reasons=rejects.reasons,
             own_keys=self.key is not None,
             where_from=self.where_from,

@@ -113,7 +113,8 @@ class Selection:
     """Keep this share of the rows, drawn by a keyed hash: the same rows each time, and a larger share of the
     same seed holds all of a smaller one."""
     limit: int | None = None
-    """Keep at most this many rows: the first in shuffled order. It counts before --dedup bytes."""
+    """Keep at most this many rows: the first in shuffled order. It counts before --dedup bytes, and before
+    --append leaves out what is there."""
 
     def __post_init__(self) -> None:
         if self.where is not None and not self.where.strip():

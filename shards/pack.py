@@ -34,6 +34,7 @@ from linerate.shards.out_folder import (
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
 from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
+from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
 from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
@@ -133,6 +134,11 @@ def pack_source(
             f"the new files back, catalog.json last"
         )
 
+    if effort.engine.kind == "ray" and staging is None:
+        raise UserError(
+            f"--engine ray with OUT {out} needs --staging: a folder that all nodes share, at the same place"
+        )
+
     def pack_into(folder: Path, url: str) -> Catalog:
         return _pack_folder(opened, folder, options, dataclasses.replace(effort, upload_to=url), append=False)
 
@@ -225,7 +231,8 @@ def pack_missing(
     spill_tars: read large tars front to back into buckets first; without it every image where it lies.
     """
     todo = [task for task in tasks if task.number not in marks]
-    jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.total_bytes)
+    # Of what is known: a guess at sizes that only fetching tells must not refuse a disk that may do.
+    jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.known_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
     if effort.upload_to:
         publish_plan(effort.upload_to, out)
@@ -312,11 +319,15 @@ def _plan(
     if base:
         plan = base.drop_known(plan, sizing=options.sizing, memory=effort.memory)
     if options.dedup == "bytes":
+        if stored := _deduplicated_before(plan, out, base, effort):
+            shutil.rmtree(fresh)
+            return stored
         plan = drop_equal_images(
             plan,
             work / "hashes",
             sizing=options.sizing,
             num_workers=effort.num_workers,
+            engine=effort.engine,
             memory=effort.memory,
             max_bytes=options.max_image_bytes,
             fetch=effort.fetch,
@@ -333,6 +344,27 @@ def _plan(
             path.replace(work / path.name)
     shutil.rmtree(fresh)
     return Plan.load(work)
+
+
+def _deduplicated_before(plan: Plan, out: Path, base: Base | None, effort: Effort) -> Plan | None:
+    """The stored plan, if equal images were dropped from this very one: all would be read again to do so.
+
+    Raises NothingNewError where the shards that it led to are whole.
+    """
+    work = out / WORK_NAME
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = Plan.load(work)
+        whole = all(rows_path(work, shard).exists() for shard in range(0, stored.num_shards, SHARDS_PER_FILE))
+        return stored if whole and stored.listed_id == plan.plan_id else None
+    if base or effort.upload_to or not (out / CATALOG_NAME).exists():
+        return None
+    catalog = Catalog.load(out)
+    tars = zip(catalog.files, catalog.shard_bytes.tolist(), strict=True)
+    if catalog.listed_id == plan.plan_id and all(
+        (out / name).exists() and (out / name).stat().st_size == size for name, size in tars
+    ):
+        raise NothingNewError
+    return None
 
 
 def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:

@@ -72,6 +72,12 @@ class Plan:
     """Rows that each filter left out."""
     own_keys: bool = False
     """Are keys something else than the paths?"""
+    numbered: bool = False
+    """Does the source state classes by their numbers?"""
+    known_bytes: int = 0
+    """Of the images whose sizes are known."""
+    listed_id: str = ""
+    """Before equal images were dropped: what plan_id was then; empty where they were not."""
     sources: list[str] = field(default_factory=list)
     """What was listed: absolute paths of the folder, the tars or the manifests."""
 
@@ -118,7 +124,7 @@ def make_plan(
     nothing is left that could be an image.
     """
     selection = selection or Selection()
-    duplicates = 0
+    duplicates = dropped = 0
     with contextlib.ExitStack() as stack:
         rejects = stack.enter_context(RejectWriter(folder, Counter()))
         listing, counts, batches = _open_sorted(
@@ -135,7 +141,8 @@ def make_plan(
             raise UserError(_nothing_found(listing, counts.filtered))
 
         def drop(rows: list[tuple[str, int, str, str]]) -> None:
-            nonlocal duplicates
+            nonlocal duplicates, dropped
+            dropped += len(rows)
             if selection.dedup is None or rows[0][2] != DUPLICATE_KEY:
                 rejects.add(rows)
             else:
@@ -147,6 +154,7 @@ def make_plan(
             containers=listing.containers,
             filtered=dict(counts.filtered),
             own_keys=listing.own_keys,
+            numbered=listing.numbered,
             sources=absolute_paths(source),
         )
         tables = first_rows(settle(batches, drop=drop), selection.limit)
@@ -156,7 +164,7 @@ def make_plan(
     if selection.dedup is not None:
         facts.filtered["dedup"] = duplicates
     if selection.limit is not None:
-        facts.filtered["limit"] = counts.num_rows - duplicates - written.counts.num_rows
+        facts.filtered["limit"] = counts.num_rows - dropped - written.counts.num_rows
     facts.num_source_rejects = sum(listing.reasons.values())
     for name in (SCAN_NAME, MANIFEST_NAME):
         (folder / name).unlink(missing_ok=True)
@@ -170,6 +178,7 @@ def make_plan_without(
     rejects: Iterator[Any],
     sizing: Sizing,
     class_names: Sequence[str] = (),
+    listed_id: str = "",
 ) -> Plan:
     """The same plan less some of its rows, in the plan's folder. It may be left without any.
 
@@ -177,17 +186,19 @@ def make_plan_without(
     classes that have their numbers already; those of the plan that are new come after them.
     """
     folder, options = plan.folder, load_options(plan.folder)
-    all_names = _joined(class_names, plan.class_names)
+    all_names = _joined(class_names, plan.class_names, numbered=plan.numbered)
     facts = _Facts(
         class_names=all_names,
         containers=plan.containers,
         filtered=dict(plan.filtered),
         own_keys=plan.own_keys,
+        numbered=plan.numbered,
+        listed_id=listed_id,
         sources=plan.sources,
         num_source_rejects=plan.num_source_rejects,
     )
     kept = _without(load_plan_rows(folder), sample_ids)
-    if all_names != plan.class_names and not _are_numbers(plan.class_names):
+    if all_names != plan.class_names and not plan.numbered:
         number_of = {name: number for number, name in enumerate(all_names)}
         kept = _renumbered(kept, [number_of[name] for name in plan.class_names])
     expected = Counts({}, plan.num_samples, plan.num_samples, plan.total_bytes)
@@ -214,7 +225,9 @@ class _Facts:
     containers: list[str]
     filtered: dict[str, int]
     own_keys: bool
+    numbered: bool
     sources: list[str]
+    listed_id: str = ""
     num_source_rejects: int = 0
 
 
@@ -319,6 +332,7 @@ def _write_header(folder: Path, written: _Written, facts: _Facts, options: dict[
         plan_id=written.plan_id,
         num_samples=written.counts.num_rows,
         total_bytes=written.counts.estimated_bytes,
+        known_bytes=written.counts.num_bytes,
         num_shards=written.num_shards,
         **vars(facts),
     )
@@ -344,16 +358,12 @@ def _without(tables: Iterator[Any], sample_ids: Iterator[Any]) -> Iterator[Any]:
         first = end
 
 
-def _joined(known: Sequence[str], found: Sequence[str]) -> list[str]:
+def _joined(known: Sequence[str], found: Sequence[str], *, numbered: bool) -> list[str]:
     """Names of the known classes, then of those found that are new; a class without a name is its number."""
-    if _are_numbers(found):
+    if numbered:
         return [*known, *found[len(known) :]]
     there = set(known)
     return [*known, *(name for name in found if name not in there)]
-
-
-def _are_numbers(class_names: Sequence[str]) -> bool:
-    return all(name == str(number) for number, name in enumerate(class_names))
 
 
 def _renumbered(tables: Iterator[Any], label_of: list[int]) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from linerate.shards.sources import MAX_JSON_BYTES
 
 PLACE = "place"
 DUPLICATE_KEY = "duplicate key"
+DUPLICATE_BYTES = "duplicate"
 # An image whose bytes nobody knows before it is fetched counts as so many: ImageNet's mean.
 ASSUMED_BYTES = 110_000
 # A Parquet file of 100,000 row groups takes each of its readers 2 s and 200 MB before the first row.

@@ -277,7 +277,10 @@ def _request(url: Url, userinfo: tuple[str, str] | None) -> bytes:
 
 
 def _redirected(url: Url, target: str) -> Url:
-    whole = urljoin(f"{url.origin}{url.target}", target.strip())
+    try:
+        whole = urljoin(f"{url.origin}{url.target}", target.strip())
+    except ValueError as error:  # an IPv6 address that is none
+        raise RejectedError("redirected", f"to what is no URL: {error}") from None
     try:
         new = parse_url(whole)
     except RejectedError as error:

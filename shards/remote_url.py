@@ -86,7 +86,7 @@ def parse_url(text: str) -> Url:
         scheme,
         match["host"].strip("[]").lower(),
         port,
-        quote(target.partition("#")[0], safe=_TARGET_SAFE) if target.startswith("/") else "/" + target,
+        quote(_path_of(target), safe=_TARGET_SAFE),
         (unquote(name), unquote(password)) if at else None,
     )
 
@@ -112,6 +112,11 @@ def show_url(text: str) -> str:
         plain = re.split(r"[?#]", plain, maxsplit=1)[0]
     plain = _CONTROL.sub("?", plain)
     return plain if len(plain) <= 200 else f"{plain[:197]}..."
+
+
+def _path_of(target: str) -> str:
+    path = target.partition("#")[0]
+    return path if path.startswith("/") else f"/{path}"
 
 
 def _split_netloc(rest: str) -> tuple[str, str]:

@@ -177,6 +177,7 @@ def _write_catalog(root: Path, header: dict[str, Any], marks: dict[str, ShardMar
             "max_sample_bytes": max(mark.max_sample_bytes for mark in kept.values()),
             "options": dict(header.get("options") or {}),
             "filtered": dict(header.get("filtered") or {}),
+            "listed_id": str(header.get("listed_id") or ""),
             "class_names": names,
             **{key: header[key] for key in ("appends",) if key in header},
         },

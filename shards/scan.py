@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from linerate.shards.errors import UserError
+from linerate.shards.remote_url import without_userinfo
 from linerate.shards.sources import Source, SourceReject, SourceRow
 
 SCAN_NAME = "scan.parquet"
@@ -58,6 +59,8 @@ class Listing:
     """SQL over the relation: its tags as text, each with a line feed before and behind."""
     containers: list[str]
     class_names: list[str]
+    numbered: bool = False
+    """Does the source state classes by their numbers?"""
     num_rows: int | None = None
     """Where it is known; `good` is true of all of them."""
     num_known: int = 0
@@ -94,7 +97,7 @@ class RejectWriter:
     def add(self, rows: list[tuple[str, int, str, str]]) -> None:
         """rows: (key, size, reason, detail)."""
         self.reasons.update(f"{reason} ({detail})" if detail else reason for _, _, reason, detail in rows)
-        write_rows(self._writer, REJECT_SCHEMA, [(None, *row) for row in rows])
+        write_rows(self._writer, REJECT_SCHEMA, [(None, without_userinfo(key), *row) for key, *row in rows])
 
 
 def scan_rows(
@@ -143,6 +146,7 @@ def scan_rows(
         relation="",  # of scan.parquet and the classes, see plan_query.open_scan
         containers=[os.fspath(Path(path).absolute()) for path in source.containers],
         class_names=class_names,
+        numbered=not found,
         num_rows=num_rows,
         num_known=num_known,
         known_bytes=num_bytes,

@@ -182,5 +182,5 @@ def _require_space(folder: Path, layout: Layout, *, num_bytes: int) -> None:
         raise UserError(
             f"to shuffle tars takes a copy of their samples until the shards are whole, which needs about "
             f"{show_bytes(needed)}, the disk of {folder.parent.parent} has {show_bytes(free)} free; free "
-            f"some, or give an OUT on another disk"
+            f"some, or give an OUT (where that is a URL, a --staging) on another disk"
         )

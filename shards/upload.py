@@ -47,7 +47,8 @@ def pack_through(url: str, staging: Path | None, pack_into: Callable[[Path, str]
     """Call pack_into(folder, url) with a staging folder that knows what lies under `url`, send the rest.
 
     staging: the folder's parent; by default one of the user's own under the system's temporary folder. It
-    holds two shards for each worker at most. Its name follows from `url`, and two runs at once are refused.
+    holds the plan, two shards for each worker, and a copy of large tars. Its name follows from `url`, and two
+    runs at once are refused.
     Raises UserError where `url` holds something else or cannot be written.
     """
     bucket = Bucket(url)

@@ -13,9 +13,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tests.shards.servers import serve
 
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.options import PackOptions
 from linerate.shards.overview import summarize
 from linerate.shards.pack import pack
@@ -233,3 +235,45 @@ def test_a_longer_table_of_shards_than_the_header_says_is_an_unfinished_append(o
     (out / "catalog.json").write_text(header)
     catalog: Any = Catalog.load(out)
     assert (catalog.num_shards, catalog.num_samples) == (5, 40)
+
+
+def test_class_folders_with_numbers_for_names_go_by_name(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    for number in range(12):
+        (first / str(number)).mkdir(parents=True)
+        (first / str(number) / "a.jpg").write_bytes(make_jpeg(number))
+    for number in range(3):
+        (second / str(number)).mkdir(parents=True)
+        (second / str(number) / "b.jpg").write_bytes(make_jpeg(20 + number))
+    pack(first, out, num_workers=0)
+    catalog = pack(second, out, num_workers=0, append=True)
+    assert {key: name for key, (_, name) in sample_rows(catalog).items() if key.endswith("b.jpg")} == {
+        f"{number}/b.jpg": str(number) for number in range(3)
+    }
+
+
+def test_what_had_the_bytes_of_another_does_not_come_back(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, number in (("a", 0), ("b", 1), ("z", 0)):
+        (source / f"{name}.jpg").write_bytes(make_jpeg(number))
+    options = PackOptions(dedup="bytes")
+    assert pack(source, out, options=options, num_workers=0).num_samples == 2
+    again = pack(source, out, options=options, num_workers=0, append=True)
+    assert (again.num_samples, again.appends) == (2, ())
+
+
+def test_keys_are_known_without_the_password_of_their_urls(make_jpeg: MakeJpeg, tmp_path: Path) -> None:
+    with serve({"a.jpg": make_jpeg(0), "b.jpg": make_jpeg(1)}) as server:
+        url = server.url("ok/a.jpg").replace("://", "://bob:sekret@")
+        rows = [url, url, server.url("ok/b.jpg")]
+        (tmp_path / "m.csv").write_text("\n".join(["url", *rows]))
+        fetch = FetchOptions(allow_private=True)
+        out = tmp_path / "out"
+        assert pack(tmp_path / "m.csv", out, num_workers=0, fetch=fetch).num_samples == 2
+        assert pack(tmp_path / "m.csv", out, num_workers=0, fetch=fetch, append=True).num_samples == 2
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert b"sekret" not in path.read_bytes()
+    keys = pq.read_table(out / "rejected.parquet").column("key").to_pylist()
+    assert keys == [server.url("ok/a.jpg")]

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,22 @@ def test_metadata_is_in_the_shards(photo_manifest: Path, tmp_path: Path) -> None
 
 def test_a_manifest_source_is_its_files(photo_manifest: Path) -> None:
     assert ManifestSource([photo_manifest]).containers == [photo_manifest]
+
+
+def test_a_path_that_is_no_manifest_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path\nx.jpg\n")
+    (tmp_path / "images").mkdir()
+    for other in ("missing.csv", "images"):
+        with pytest.raises(UserError, match=f"{other} is no manifest, beside others that are"):
+            find_manifests([tmp_path / "a.csv", tmp_path / other])
+
+
+def test_a_disk_is_not_refused_by_a_guess_at_sizes(
+    tmp_path: Path, make_jpeg: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number}.jpg" for number in range(20)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(make_jpeg(number))
+    (tmp_path / "m.csv").write_text("\n".join(["path", *names]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 1_000_000))
+    assert pack(tmp_path / "m.csv", tmp_path / "out", num_workers=0).num_samples == 20

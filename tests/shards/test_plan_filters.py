@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linerate.shards import dedup, plan_rows
+from linerate.shards import dedup, plan_rows, spill
 from linerate.shards import plan as plan_module
 from linerate.shards.dedup import drop_equal_images
 from linerate.shards.errors import UserError
@@ -318,6 +318,41 @@ def test_of_images_with_the_same_bytes_the_first_by_key_stays(doubled: Path, tmp
         (f"{i:02d}.jpg", "duplicate", f"of {i - 8:02d}.jpg") for i in range(8, 12)
     ]
     assert catalog.shard_sizes.tolist() == [2, 3, 3]
+
+
+def test_shards_that_are_whole_are_not_hashed_again(
+    doubled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = PackOptions(dedup="bytes", shard_samples=3)
+    first = pack(doubled, tmp_path / "out", options=options, num_workers=0)
+    monkeypatch.setattr(dedup, "run_hash_task", None)  # calling it would fail
+    again = pack(doubled, tmp_path / "out", options=options, num_workers=0)
+    assert (again.plan_id, again.num_samples) == (first.plan_id, first.num_samples)
+    assert not (tmp_path / "out" / ".pack").exists()
+    (tmp_path / "out" / first.files[0]).unlink()
+    with pytest.raises((UserError, TypeError)):  # a shard is missing, so the plan is needed
+        pack(doubled, tmp_path / "out", options=options, num_workers=0)
+
+
+def test_tars_are_hashed_from_the_spill_to_the_same_plan(
+    doubled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        archive.add(doubled, arcname=".")
+    options = PackOptions(dedup="bytes", shard_samples=3)
+    direct = pack(tmp_path / "in.tar", tmp_path / "direct", options=options, num_workers=0)
+    monkeypatch.setattr(spill, "whole_bytes", lambda: 0)
+    spilled = pack(tmp_path / "in.tar", tmp_path / "spilled", options=options, num_workers=0)
+    assert spilled.plan_id == direct.plan_id
+    assert spilled.shard_xxh3.tolist() == direct.shard_xxh3.tolist()
+
+
+def test_every_row_is_counted_once_under_a_limit(tmp_path: Path) -> None:
+    items = [row("a"), row("a"), row("b"), row("c"), row("c"), row("d")]
+    plan = make_plan(
+        ListSource(items), tmp_path, seed=0, sizing=Sizing(), options={}, selection=Selection(limit=1)
+    )
+    assert plan.num_samples + plan.num_source_rejects + plan.filtered["limit"] == len(items)
 
 
 def test_workers_find_the_same_duplicates(doubled: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_a_kept_connection_that_died_is_replaced(server: FaultyServer, client: H
         ("lie/2000000/x", "too many bytes"),
         ("loop/x", "redirected: more than 5 times"),
         ("redirect/302?to=ftp://a.org/x", "redirected: to ftp://a.org/x: the scheme ftp is none"),
+        ("redirect/302?to=//[x", "redirected: to what is no URL"),
         ("redirect/302?to=file:///etc/passwd", "redirected: to file://...: the scheme file is none"),
         ("redirect/307?to=s3://bucket/x", "redirected: to s3://bucket/x; from http only http"),
     ],

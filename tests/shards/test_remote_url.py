@@ -59,6 +59,8 @@ def test_a_bad_url_is_rejected_with_its_rule(text: str, detail: str) -> None:
 
 def test_no_control_character_reaches_a_request() -> None:
     assert parse_url("http://a.org/x\r\nEvil: 1\x00\x7f").target == "/x%0D%0AEvil:%201%00%7F"
+    assert parse_url("http://a.org?a\r\nEvil: \xe9#b").target == "/?a%0D%0AEvil:%20%C3%A9"
+    assert parse_url("http://a.org#b").target == "/"
 
 
 def test_userinfo_is_kept_apart_and_never_shown() -> None:

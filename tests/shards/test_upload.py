@@ -17,6 +17,7 @@ from linerate.shards import bucket as bucket_module
 from linerate.shards.bucket import Bucket
 from linerate.shards.catalog import Catalog
 from linerate.shards.cli import main
+from linerate.shards.engines import Engine
 from linerate.shards.errors import UserError
 from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
@@ -302,3 +303,8 @@ def test_the_command_tells_what_lies_there(
     assert (told["root"], told["num_samples"], told["packed_now"]) == ("s3://shards/in1k", 40, 40)
     assert main(words) == 0
     assert "nothing was left to do" in capsys.readouterr().out
+
+
+def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> None:
+    with pytest.raises(UserError, match="--engine ray with OUT s3://shards/in1k needs --staging"):
+        pack(photo_folder, "s3://shards/in1k", engine=Engine(kind="ray"))
