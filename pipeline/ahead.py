@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from linerate.pipeline.cache import INDEX, TAR, ShardCache
+from linerate.pipeline.cache import INDEX, TAR, LostShardError, ShardCache
 from linerate.shards.errors import UserError
 
 BACKGROUND_FETCHES, URGENT_FETCHES = 4, 8
 RETRY_S = 1.0
-"""How soon a shard is tried again that found no room, is fetched by another process, or failed."""
+"""How soon a shard is tried again that found no room, is fetched by another process, or met a full disk."""
+CLOSE_LIMIT_S = 2.0
 
 
 class Ahead:
@@ -37,6 +38,7 @@ class Ahead:
         self._kept: frozenset[int] = frozenset()
         self._busy: set[int] = set()
         self._not_before: dict[int, float] = {}
+        self._lost: set[int] = set()  # shards that cannot be had: only who needs one tries again
         self._urgent: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -86,10 +88,6 @@ class Ahead:
         """Is the shard held here?"""
         return shard in self._held
 
-    def kept(self, shard: int) -> bool:
-        """Is the shard among those wanted last?"""
-        return shard in self._kept
-
     def close(self) -> None:
         """Let all go; what is being fetched stays a part, which the next one continues."""
         self._survive_fork()
@@ -99,8 +97,10 @@ class Ahead:
             while self._held:
                 os.close(self._held.popitem()[1])
             self._changed.notify_all()
+        # A thread that waits for a server ends with its answer, or with the process.
+        deadline = time.monotonic() + CLOSE_LIMIT_S
         for thread in self._threads:
-            thread.join(timeout=self.cache.remote.timeout_s)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _survive_fork(self) -> None:
         if self._pid == os.getpid():
@@ -119,15 +119,19 @@ class Ahead:
                     self._changed.wait(RETRY_S)
                     shard = self._next()
                 self._busy.add(shard)
-            done = False
+            done = lost = False
             try:
                 done = self._fetch(shard, urgent=False)
-            except (UserError, OSError, _ClosedError):
-                pass  # told by whoever comes to need it
+            except LostShardError:
+                lost = True  # told by whoever comes to need it, as the others
+            except (UserError, OSError, _YieldError):
+                pass
             finally:
                 with self._changed:
                     self._busy.discard(shard)
-                    if not done:
+                    if lost:
+                        self._lost.add(shard)
+                    elif not done:
                         self._not_before[shard] = time.monotonic() + RETRY_S
 
     def _next(self) -> int | None:
@@ -135,7 +139,7 @@ class Ahead:
             return None
         now = time.monotonic()
         for shard in self._wanted:
-            if shard in self._held or shard in self._busy:
+            if shard in self._held or shard in self._busy or shard in self._lost:
                 continue
             if self._not_before.get(shard, 0.0) <= now:
                 return shard
@@ -152,6 +156,7 @@ class Ahead:
         if file is None:
             return False
         with self._changed:
+            self._lost.discard(shard)
             if shard in self._held or not self._may_hold(shard):
                 os.close(file)
             else:
@@ -165,18 +170,17 @@ class Ahead:
         return shard in self._kept
 
     def _pace(self, shard: int) -> Callable[[], None]:
-        def wait_for_the_urgent() -> None:
-            with self._changed:
-                while self._urgent and shard not in self._urgent and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    raise _ClosedError
+        def make_way() -> None:
+            # It must not wait here: it holds the part's lock, on which another process may wait that holds
+            # the one that is urgent.
+            if self._closed or (self._urgent and shard not in self._urgent):
+                raise _YieldError
 
-        return wait_for_the_urgent
+        return make_way
 
 
-class _ClosedError(Exception):
-    """The reader is closed; its background stops between two blocks."""
+class _YieldError(Exception):
+    """The background stops between two blocks: the reader is closed, or needs another shard at once."""
 
 
 def _at_once() -> None:

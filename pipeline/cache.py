@@ -21,11 +21,14 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from linerate.pipeline.remote_shards import RemoteError, RemoteFolder, is_url
@@ -46,7 +49,7 @@ class CacheOptions:
 
     cache_dir: Path | None = None
     """For shards by URL: the folder that keeps them here, on a local disk; by default ~/.cache/linerate.
-    Jobs may share it."""
+    The jobs of one user may share it."""
     cache_bytes: str = "100GB"
     """What all shards in --cache-dir may take together; those used longest ago are removed."""
     timeout_s: float = 30.0
@@ -72,26 +75,45 @@ def parse_size(text: str, *, flag: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def open_shards(where: Path | str, cache: CacheOptions | None = None) -> Catalog:
+@dataclass(frozen=True, kw_only=True)
+class Mirror:
+    """A set of shards elsewhere and its folder here; picklable, so that workers are given one."""
+
+    root: Path
+    """Of the folder here."""
+    url: str
+    budget: int
+    """Bytes of all shards in the cache-dir."""
+    timeout_s: float
+
+
+Place = Path | Mirror
+"""Where shards lie, as readers and workers are told."""
+
+
+def open_shards(where: Place | str, cache: CacheOptions | None = None) -> Catalog:
     """The catalog of a folder or of a URL; the files of the latter come when they are opened.
 
     Raises UserError for what Catalog.load refuses, and where the URL cannot be read.
     """
-    root = _mirror(str(where), (cache or CacheOptions()).options) if is_url(where) else Path(where)
-    catalog = Catalog.load(root)
-    try:
-        remote = json.loads((root / REMOTE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return catalog
+    if not isinstance(where, Mirror):
+        if not is_url(where):
+            return Catalog.load(where)
+        where = _mirror(str(where), (cache or CacheOptions()).options)
+    catalog = Catalog.load(where.root)
     for name in catalog.files:
         if Path(name).name != name or name.startswith("."):
-            raise UserError(f"{remote['url']}: {SHARDS_NAME} lists {name!r}, which is no name of a shard")
-    folder = RemoteFolder(remote["url"], timeout_s=remote["timeout_s"])
-    return dataclasses.replace(catalog, bring=ShardCache(catalog, folder, budget=remote["cache_bytes"]))
+            raise UserError(f"{where.url}: {SHARDS_NAME} lists {name!r}, which is no name of a shard")
+    return dataclasses.replace(catalog, bring=ShardCache(catalog, where))
 
 
-def _mirror(url: str, cache: CacheOptions) -> Path:
-    """The folder of the URL's set as it is now, with its catalog."""
+def place_of(catalog: Catalog) -> Place:
+    """What open_shards opens again as this catalog, in another process, too."""
+    return catalog.bring.mirror if isinstance(catalog.bring, ShardCache) else catalog.root
+
+
+def _mirror(url: str, cache: CacheOptions) -> Mirror:
+    """The URL's set as it is now, its catalog in a folder here."""
     remote = RemoteFolder(url, timeout_s=cache.timeout_s)
     try:
         files = {name: remote.read(name) for name in (CATALOG_NAME, SHARDS_NAME)}
@@ -106,16 +128,13 @@ def _mirror(url: str, cache: CacheOptions) -> Path:
     name = re.sub(r"[^\w.-]+", "-", remote.url.rpartition("/")[2]).lstrip(".") or "shards"
     base = cache.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "linerate"
     root = base.absolute() / f"{name}-{digest}"
-    settings = {
-        "url": remote.url,
-        "cache_bytes": parse_size(cache.cache_bytes, flag="--cache-bytes"),
-        "timeout_s": cache.timeout_s,
-    }
-    files[REMOTE_NAME] = json.dumps(settings).encode()
+    # For people, and the sign by which a folder of the cache is known. Nothing obeys it.
+    files[REMOTE_NAME] = json.dumps({"url": remote.url}).encode()
     try:
         root.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            temp = root / f".{name}.{os.getpid()}.tmp"
+            # Process numbers are the same in many containers that share a cache-dir.
+            temp = root / f".{name}.{uuid.uuid4().hex}.tmp"
             temp.write_bytes(data)
             temp.replace(root / name)
     except OSError as error:
@@ -123,7 +142,8 @@ def _mirror(url: str, cache: CacheOptions) -> Path:
             f"--cache-dir {base} cannot be written ({error.strerror}: {error.filename}); name a folder that "
             f"you may write to, on a disk with room"
         ) from None
-    return root
+    budget = parse_size(cache.cache_bytes, flag="--cache-bytes")
+    return Mirror(root=root, url=remote.url, budget=budget, timeout_s=cache.timeout_s)
 
 
 def cache_need(catalog: Catalog, *, num_lanes: int, window_shards: int) -> int:
@@ -165,9 +185,9 @@ class LostShardError(UserError):
 class ShardCache:
     """The files of one set in its folder of the cache. For any number of threads."""
 
-    def __init__(self, catalog: Catalog, remote: RemoteFolder, *, budget: int) -> None:
-        """budget: bytes of all shards beside this set's folder, too."""
-        self.catalog, self.remote, self.budget = catalog, remote, budget
+    def __init__(self, catalog: Catalog, mirror: Mirror) -> None:
+        self.catalog, self.mirror, self.budget = catalog, mirror, mirror.budget
+        self.remote = RemoteFolder(mirror.url, timeout_s=mirror.timeout_s)
         self._told_over_budget = False
 
     def __call__(self, shard: int, suffix: str) -> Path:
@@ -234,7 +254,7 @@ class ShardCache:
             if suffix == TAR:
                 self._fill_tar(file, shard, path.name, pace)
             else:
-                data = self.remote.read(path.name)
+                data = self._read_index(shard, path.name)
                 os.ftruncate(file, 0)
                 self._append(file, data)
             os.fdatasync(file)
@@ -242,6 +262,18 @@ class ShardCache:
             with contextlib.suppress(OSError):  # it only saves others a try
                 _failure_note(path).write_text(str(error), encoding="utf-8")
             raise LostShardError(shard, str(error)) from None
+
+    def _read_index(self, shard: int, name: str) -> bytes:
+        """Its bytes, once they are an index of as many rows as the shard has samples."""
+        for _ in range(2):
+            data = self.remote.read(name)
+            with contextlib.suppress(pa.ArrowException):
+                if pq.ParquetFile(pa.BufferReader(data)).metadata.num_rows == self.catalog.shard_sizes[shard]:
+                    return data
+        raise RemoteError(
+            self.remote.name_of(name),
+            f"it is no index of {self.catalog.shard_sizes[shard]} samples, fetched twice",
+        )
 
     def _fill_tar(self, file: int, shard: int, name: str, pace: Callable[[], None]) -> None:
         size, expected = int(self.catalog.shard_bytes[shard]), int(self.catalog.shard_xxh3[shard])

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from linerate.pipeline.cache import open_shards
 from linerate.pipeline.cpu_kernels import finish_view
 from linerate.pipeline.draws import JITTER_ORDERS, Draw
 from linerate.pipeline.reader import EpochFetch
@@ -63,7 +64,7 @@ class FfcvViews:
 
         positions = self._positions(fetch, steps, epoch)
         if self._loader is None:
-            self._loader = self._open(Catalog.load(fetch.root))
+            self._loader = self._open(open_shards(fetch.place))
         batches = EpochIterator(self._loader, positions.ravel())
         # Importing ffcv sets it to 1, opening a loader to what that wants for itself.
         torch.set_num_threads(num_threads)

@@ -15,7 +15,7 @@ from linerate.pipeline.bad_samples import (
     Replacements,
     log_bad_sample,
 )
-from linerate.pipeline.cache import lanes_here, open_shards, require_room
+from linerate.pipeline.cache import lanes_here, open_shards, place_of, require_room
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
@@ -178,7 +178,7 @@ def open_views(
             "here and run `linerate shard beton`, or take another --backend"
         )
     fetch = EpochFetch(
-        catalog.root,
+        place_of(catalog),
         seed=seed,
         epoch=0,
         global_batch=global_batch,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from linerate.pipeline.cache import open_shards
+from linerate.pipeline.cache import Place, open_shards, place_of
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import decode_rgb
@@ -34,11 +34,11 @@ _LEGEND = "jitter in the order applied: b brightness, c contrast, s saturation (
 class ChosenFetch:
     """`fetch(step)` that gives the same chosen positions at every step."""
 
-    root: Path
+    place: Place
     positions: tuple[int, ...]
 
     def __call__(self, step: int) -> EncodedBatch:
-        reader = ShardReader(open_shards(self.root))
+        reader = ShardReader(open_shards(self.place))
         try:
             return reader.read(np.array(self.positions, dtype=np.int64))
         finally:
@@ -105,7 +105,7 @@ def see_samples(
     epochs: range,
 ) -> list[SeenSample]:
     """The samples at positions as training with that seed sees them, epoch after epoch."""
-    fetch = ChosenFetch(catalog.root, tuple(positions))
+    fetch = ChosenFetch(place_of(catalog), tuple(positions))
     # One step of a few images: a thread is enough, and worker processes would take longer to start.
     maker = open_backend(backend, recipe=recipe, seed=seed, batch=len(positions), num_threads=1)
     try:

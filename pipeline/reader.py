@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 from linerate.pipeline.ahead import Ahead
 from linerate.pipeline.bad_samples import BadSamples, KnownBad
-from linerate.pipeline.cache import LostShardError, ShardCache, open_shards
+from linerate.pipeline.cache import LostShardError, Place, ShardCache, open_shards
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.order import EpochOrder
 from linerate.shards.catalog import Catalog
@@ -178,7 +178,7 @@ class EpochFetch:
 
     def __init__(
         self,
-        root: Path,
+        place: Place,
         *,
         seed: int,
         epoch: int,
@@ -190,11 +190,13 @@ class EpochFetch:
         ahead_steps: int = 4,
         known_bad: KnownBad | None = None,
     ) -> None:
-        """ahead_steps: how many steps before its own a batch is read into the page cache.
+        """place: the folder of the shards, or their mirror here (cache.place_of).
+
+        ahead_steps: how many steps before its own a batch is read into the page cache.
 
         known_bad: what is replaced by its neighbours.
         """
-        self.root, self.rank, self.world_size, self.ahead_steps = root, rank, world_size, ahead_steps
+        self.place, self.rank, self.world_size, self.ahead_steps = place, rank, world_size, ahead_steps
         self.seed, self.epoch = seed, epoch
         self.global_batch, self.num_lanes, self.window_shards = global_batch, num_lanes, window_shards
         self.known_bad = known_bad or KnownBad()
@@ -266,7 +268,7 @@ class EpochFetch:
             # A lane holds one window, the reads ahead may stand in the next.
             lanes = self.num_lanes // self.world_size
             at_hand = lanes * 2 * (self.window_shards + 1)
-            self._reader = ShardReader(open_shards(self.root), num_shards_at_hand=at_hand)
+            self._reader = ShardReader(open_shards(self.place), num_shards_at_hand=at_hand)
         if self._order is None:
             self._order = self._order_of(self._reader.catalog, self.epoch)
         return self._order, self._reader

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from linerate.shards.errors import UserError
+from linerate.shards.remote_url import show_url, without_userinfo
 
 # A block that fails is asked for again at half its size, so a slow line gets on within the time limit, too.
 MAX_BLOCK_BYTES, MIN_BLOCK_BYTES = 8 * 2**20, 2**18
@@ -17,7 +18,9 @@ ATTEMPTS = 8
 FIRST_PAUSE_S = 0.25
 """Doubled from one failure to the next: 8 attempts wait 32 s in all, besides the time limits."""
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+SCHEMES = ("s3", "gs", "https", "http", "memory")
+"""memory:// is fsspec's, within one process: for tests."""
+_EXTRAS = {"s3": "s3", "gs": "gcs"}
 # Of libraries that need not be installed, hence by name.
 _NO_CREDENTIALS = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}
@@ -48,7 +51,18 @@ class RemoteFolder:
     """Files of one URL. For any number of threads, and for a process that was forked meanwhile."""
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
-        """timeout_s: how long one answer, of at most 8 MiB, may take."""
+        """timeout_s: how long one answer, of at most 8 MiB, may take.
+
+        Raises UserError for a scheme that is not one of SCHEMES, and for a URL with a name and password: it
+        would stand in messages, logs and the cache.
+        """
+        if url.partition("://")[0].lower() not in SCHEMES:
+            raise UserError(f"{show_url(url)} is none of {', '.join(f'{one}://' for one in SCHEMES[:-1])}")
+        if url != without_userinfo(url):
+            raise UserError(
+                f"{show_url(url)} has a name and password in it, which would be stored; put them into "
+                """~/.netrc and set FSSPEC_HTTPS='{"client_kwargs": {"trust_env": true}}'"""
+            )
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         self._opened: tuple[int, Any, str] | None = None
 
@@ -149,8 +163,6 @@ class RemoteFolder:
                 extra = _EXTRAS.get(protocol)
                 way = f"pip install 'linerate[{extra}]'" if extra else f"install it ({error})"
                 raise RemoteError(self.url, f"{protocol}:// needs another package: {way}") from None
-            except ValueError as error:
-                raise RemoteError(self.url, f"{error}; s3://, gs:// and https:// are known") from None
             self._opened = os.getpid(), filesystem, root.rstrip("/")
         return self._opened[1:]
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from linerate.pipeline.bad_samples import BadSamples, KnownBad
-from linerate.pipeline.cache import LostShardError, open_shards
+from linerate.pipeline.cache import LostShardError, Place, open_shards
 from linerate.pipeline.pillow_recipe import PillowView, decode
 from linerate.pipeline.reader import EpochFetch
 from linerate.pipeline.recipe import ViewRecipe
@@ -54,9 +54,9 @@ class WebdatasetViews:
     def run(self, fetch: EpochFetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
         """len(steps) batches of this rank's shards. Raises BadSamples, and UserError for too few shards."""
         stream = _Stream(
-            root=fetch.root,
+            place=fetch.place,
             seed=(self._seed, epoch, fetch.rank, steps.start),
-            shards=_deal(open_shards(fetch.root), fetch, seed=self._seed, epoch=epoch),
+            shards=_deal(open_shards(fetch.place), fetch, seed=self._seed, epoch=epoch),
             known_bad=fetch.known_bad,
             recipe=self._recipe,
             batch=self._batch,
@@ -104,7 +104,7 @@ Item = tuple[tuple[Tensor, Tensor] | None, Tensor | BadSamples]
 class _Stream(IterableDataset[Item]):
     """Endless batches of one worker: ((query, key), (sample_id, position, label) as rows of one tensor)."""
 
-    root: Path
+    place: Place
     seed: tuple[int, ...]
     shards: tuple[int, ...]
     known_bad: KnownBad
@@ -116,7 +116,7 @@ class _Stream(IterableDataset[Item]):
         nth, num = (info.id, info.num_workers) if info else (0, 1)
         seed = np.random.SeedSequence([word % 2**63 for word in (*self.seed, nth)])
         order, shuffle, views = (np.random.default_rng(one) for one in seed.spawn(3))
-        catalog = open_shards(self.root)
+        catalog = open_shards(self.place)
         shards = np.array(self.shards[nth::num])
         if not len(shards):
             raise UserError("none of a rank's shards is left; `linerate shard verify` lists what is damaged")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +16,19 @@ import fsspec
 import numpy as np
 import pytest
 
+from linerate.pipeline import ahead as ahead_module
 from linerate.pipeline import remote_shards
 from linerate.pipeline.ahead import Ahead
 from linerate.pipeline.bad_samples import BadSamples
 from linerate.pipeline.cache import (
     CacheOptions,
     LostShardError,
+    Place,
     cache_need,
     lanes_here,
     open_shards,
     parse_size,
+    place_of,
 )
 from linerate.pipeline.loader import open_views
 from linerate.pipeline.order import EpochOrder
@@ -78,9 +82,9 @@ def tars_here(catalog: Catalog) -> list[str]:
     return sorted(path.name for path in catalog.root.glob("*.tar"))
 
 
-def fetch_of(root: Path, **options) -> EpochFetch:
+def fetch_of(place: Place, **options) -> EpochFetch:
     settings = {"seed": 5, "epoch": 0, "global_batch": 8, "num_lanes": 4, "window_shards": 2}
-    return EpochFetch(root, **settings | options)
+    return EpochFetch(place, **settings | options)
 
 
 def test_a_remote_set_reads_as_the_local_one(catalog, server, tmp_path):
@@ -106,7 +110,9 @@ def test_only_what_is_read_is_fetched_and_only_once(server, tmp_path):
 def test_two_ranks_see_exactly_what_local_ranks_see(catalog, server, tmp_path):
     remote = opened(server, tmp_path)
     for rank in range(2):
-        theirs, ours = (fetch_of(root, rank=rank, world_size=2) for root in (catalog.root, remote.root))
+        theirs, ours = (
+            fetch_of(place, rank=rank, world_size=2) for place in (catalog.root, place_of(remote))
+        )
         ours = pickle.loads(pickle.dumps(ours))
         for epoch in range(2):
             theirs, ours = theirs.for_epoch(epoch), ours.for_epoch(epoch)
@@ -299,6 +305,83 @@ def test_the_coming_window_arrives_in_the_background(server, tmp_path):
     assert not held(remote, 0)
 
 
+def test_two_readers_that_each_fetch_what_the_other_needs_both_get_it(server, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 1024)
+    server.delay_s = 0.02
+    one, two = (Ahead(opened(server, tmp_path).bring) for _ in range(2))
+    one.want([0])
+    two.want([1])
+    wait_until(lambda: 0 in one._busy and 1 in two._busy)
+    needs = [threading.Thread(target=ahead.need, args=([shard],)) for ahead, shard in ((one, 1), (two, 0))]
+    for need in needs:
+        need.start()
+    for need in needs:
+        need.join(30)
+    assert not any(need.is_alive() for need in needs)
+    one.close()
+    two.close()
+
+
+def test_the_background_does_not_fetch_a_lost_shard_over_and_over(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead_module, "RETRY_S", 0.01)
+    remote = opened(server, tmp_path)
+    broken = server.root / "test-000001.tar"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    ahead = Ahead(remote.bring)
+    ahead.want([1, 0])
+    wait_until(lambda: ahead.has(0) and 1 in ahead._lost)
+    time.sleep(0.2)
+    assert server.counts["test-000001.tar"] == 2
+    with pytest.raises(LostShardError, match="fail the checksum"):
+        ahead.need([1])
+    ahead.close()
+
+
+def test_closing_does_not_wait_for_a_server_that_stalls(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead_module, "CLOSE_LIMIT_S", 0.1)
+    ahead = Ahead(opened(server, tmp_path, timeout_s=20.0).bring)
+    server.trouble = lambda asked, nth: "stall"
+    ahead.want([0, 1])
+    wait_until(lambda: len(ahead._busy) == 2)
+    began = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - began < 10
+
+
+def test_an_index_that_is_none_is_not_kept(server, tmp_path):
+    remote = opened(server, tmp_path)
+    (server.root / "test-000002.parquet").write_bytes(b"<html>log in first</html>")
+    with pytest.raises(LostShardError, match="it is no index of"):
+        remote.load_table(2)
+    assert not remote.bring.path(2, ".parquet").exists()
+
+
+def test_a_second_job_on_the_set_does_not_change_the_budget_of_the_first(server, tmp_path):
+    first = opened(server, tmp_path, cache_bytes="900MB")
+    opened(server, tmp_path, cache_bytes="1MB")
+    assert open_shards(place_of(first)).bring.budget == 900_000_000
+
+
+def test_a_folder_that_somebody_sent_makes_no_requests(catalog, tmp_path):
+    folder = tmp_path / "sent"
+    shutil.copytree(catalog.root, folder)
+    (folder / "remote.json").write_text('{"url": "http://169.254.169.254/"}')
+    assert open_shards(folder).bring is None
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file:///etc", "is none of s3://, gs://, https://, http://"),
+        ("https://user:hunter2@host/set", r"https://host/set has a name and password in it"),
+    ],
+)
+def test_urls_of_other_kinds_and_with_secrets_are_refused(tmp_path, url, message):
+    with pytest.raises(UserError, match=message) as refused:
+        open_shards(url, CacheOptions(cache_dir=tmp_path))
+    assert "hunter2" not in str(refused.value)
+
+
 def test_the_background_keeps_the_budget(server, tmp_path):
     remote = opened(server, tmp_path)
     budget = int(remote.shard_bytes[[0, 1]].sum()) + 10_000
@@ -337,15 +420,19 @@ def test_a_process_that_was_forked_starts_its_own_background(server, tmp_path):
 
 
 READ_ALL = """
-import sys, numpy as np
-from pathlib import Path
+import pickle, sys, numpy as np
 from linerate.pipeline.cache import open_shards
 from linerate.pipeline.reader import ShardReader
-reader = ShardReader(open_shards(Path(sys.argv[1])))
+reader = ShardReader(open_shards(pickle.loads(bytes.fromhex(sys.argv[1]))))
 sys.stdin.readline()
 assert len(reader.read(np.arange(41), verify=True).jpegs) == 41
 reader.close()
 """
+
+
+def as_word(catalog: Catalog) -> str:
+    """Where its shards lie, for the command line of another process."""
+    return pickle.dumps(place_of(catalog)).hex()
 
 
 def start(script: str, *args: object) -> subprocess.Popen[str]:
@@ -358,7 +445,7 @@ def start(script: str, *args: object) -> subprocess.Popen[str]:
 def test_two_processes_fetch_each_shard_once(server, tmp_path):
     server.delay_s = 0.05
     remote = opened(server, tmp_path)
-    both = [start(READ_ALL, remote.root) for _ in range(2)]
+    both = [start(READ_ALL, as_word(remote)) for _ in range(2)]
     for process in both:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -376,12 +463,13 @@ def test_a_killed_download_is_continued_by_the_next(server, tmp_path, monkeypatc
     remote = opened(server, tmp_path)
     name = "test-000000.tar"
     script = (
-        "import sys; from pathlib import Path; from linerate.pipeline import remote_shards as r;"
+        "import pickle, sys; from linerate.pipeline import remote_shards as r;"
         "r.MAX_BLOCK_BYTES = r.MIN_BLOCK_BYTES = 4096;"
-        "from linerate.pipeline.cache import open_shards; open_shards(Path(sys.argv[1])).ready_path(0)"
+        "from linerate.pipeline.cache import open_shards;"
+        "open_shards(pickle.loads(bytes.fromhex(sys.argv[1]))).ready_path(0)"
     )
     server.trouble = lambda asked, nth: "stall" if asked == name and nth == 2 else None
-    process = start(script, remote.root)
+    process = start(script, as_word(remote))
     wait_until(lambda: server.counts[name] >= 3, limit_s=60)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -428,7 +516,7 @@ def test_s3_is_read_through_the_cache(catalog, tmp_path, monkeypatch):
         for path in catalog.root.iterdir():
             client.upload_file(str(path), "photos", f"in/{path.name}")
         remote = open_shards("s3://photos/in", CacheOptions(cache_dir=tmp_path))
-        fetch = fetch_of(remote.root)
+        fetch = fetch_of(place_of(remote))
         assert fetch(0).sample_id.tolist() == fetch_of(catalog.root)(0).sample_id.tolist()
         fetch.close()
         with pytest.raises(UserError, match=r"there is no catalog\.json in s3://nowhere/in"):
@@ -487,7 +575,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 
 
 def test_an_unknown_protocol_names_those_that_are(tmp_path):
-    with pytest.raises(UserError, match=r"s3://, gs:// and https:// are known"):
+    with pytest.raises(UserError, match=r"is none of s3://, gs://, https://, http://"):
         open_shards("gopher://x/in", CacheOptions(cache_dir=tmp_path))
 
 
