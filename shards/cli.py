@@ -38,7 +38,8 @@ class PackArgs(PackOptions, FetchOptions):
 
     paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
     """SOURCE: a folder (class folders become labels), one or several tars (of class folders, or
-    WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs). OUT: the
+    WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs); tars and
+    manifests may be URLs, or an s3:// or gs:// prefix or pattern of them. OUT: the
     folder of the shards; new, empty, or begun by the same command; or an s3:// or gs:// URL."""
     ground_truth: Path | None = None
     """The classes of ImageNet's validation set: its devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's
@@ -127,7 +128,7 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
     *sources, out = args.paths
     with PackProgress() as bars:
         report = pack_part(
-            open_labelled(sources, options, ground_truth=args.ground_truth),
+            open_labelled(sources, options, ground_truth=args.ground_truth, fetch=fetch),
             out,
             part,
             options=options,

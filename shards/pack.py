@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linerate.shards.append import Base, NothingNewError, open_base, refuse_appended
+from linerate.shards.bucket import Bucket
 from linerate.shards.catalog import CATALOG_NAME, Catalog
 from linerate.shards.dedup import drop_equal_images
 from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_workers, run_tasks
@@ -35,6 +36,7 @@ from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_pla
 from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
+from linerate.shards.remote_tars import bring_source, is_unread
 from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
@@ -61,7 +63,8 @@ def pack(
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
 
-    source: a folder of images (class folders become labels), one or several tars of one, or manifests.
+    source: a folder of images (class folders become labels), one or several tars of one, or manifests; tars
+    and manifests may be URLs, and s3:// or gs:// prefixes and patterns of them.
     ground_truth: a file that says the classes of images that no folder tells, see imagenet.py.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
@@ -84,15 +87,19 @@ def pack(
         fetch=fetch or FetchOptions(),
         on_progress=on_progress,
     )
-    opened = open_labelled(paths, options, ground_truth=ground_truth)
+    opened = open_labelled(paths, options, ground_truth=ground_truth, fetch=fetch)
     return pack_source(opened, out, options=options, effort=effort, append=append, staging=staging)
 
 
 def open_labelled(
-    paths: Sequence[Path | str], options: PackOptions, *, ground_truth: Path | None = None
+    paths: Sequence[Path | str],
+    options: PackOptions,
+    *,
+    ground_truth: Path | None = None,
+    fetch: FetchOptions | None = None,
 ) -> Source | ManifestSource:
     """The source that these paths make, with the classes of a ground truth where one is given."""
-    opened = open_any_source(paths, columns=options.manifest_columns)
+    opened = open_any_source(paths, columns=options.manifest_columns, fetch=fetch)
     if ground_truth is None:
         return opened
     if isinstance(opened, ManifestSource):
@@ -303,6 +310,16 @@ def _plan(
     """A plan of the source as it is now; refused when it is not the one that OUT was begun with."""
     work = out / WORK_NAME
     before = _plan_before(out, base)
+    if not base and is_unread(source) and _is_finished(out, effort):
+        raise NothingNewError  # to compare its tars would take to read them again
+    source = bring_source(
+        source,
+        work,
+        seed=options.seed,
+        num_workers=effort.num_workers,
+        options=effort.fetch,
+        on_progress=effort.on_progress,
+    )
     fresh = work / "new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -356,15 +373,26 @@ def _deduplicated_before(plan: Plan, out: Path, base: Base | None, effort: Effor
         stored = Plan.load(work)
         whole = all(rows_path(work, shard).exists() for shard in range(0, stored.num_shards, SHARDS_PER_FILE))
         return stored if whole and stored.listed_id == plan.plan_id else None
-    if base or effort.upload_to or not (out / CATALOG_NAME).exists():
+    if base or effort.upload_to or not _is_finished(out, effort):
         return None
-    catalog = Catalog.load(out)
-    tars = zip(catalog.files, catalog.shard_bytes.tolist(), strict=True)
-    if catalog.listed_id == plan.plan_id and all(
-        (out / name).exists() and (out / name).stat().st_size == size for name, size in tars
-    ):
+    if Catalog.load(out).listed_id == plan.plan_id:
         raise NothingNewError
     return None
+
+
+def _is_finished(out: Path, effort: Effort) -> bool:
+    """Is there a catalog, no plan, and every tar of the right size?"""
+    if not (out / CATALOG_NAME).exists() or (out / WORK_NAME / PLAN_HEADER_NAME).exists():
+        return False
+    catalog = Catalog.load(out)
+    if effort.upload_to:
+        sizes = Bucket(effort.upload_to).sizes()
+    else:
+        sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
+    return all(
+        sizes.get(name) == size
+        for name, size in zip(catalog.files, catalog.shard_bytes.tolist(), strict=True)
+    )
 
 
 def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:

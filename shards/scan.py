@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from linerate.shards.errors import UserError
 from linerate.shards.remote_url import without_userinfo
-from linerate.shards.sources import Source, SourceReject, SourceRow
+from linerate.shards.sources import Source, SourceReject, SourceRow, container_name
 
 SCAN_NAME = "scan.parquet"
 REJECTS_NAME = "source_rejects.parquet"
@@ -144,7 +144,7 @@ def scan_rows(
     )
     listing = Listing(
         relation="",  # of scan.parquet and the classes, see plan_query.open_scan
-        containers=[os.fspath(Path(path).absolute()) for path in source.containers],
+        containers=[container_name(path) for path in source.containers],
         class_names=class_names,
         numbered=not found,
         num_rows=num_rows,

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import pyarrow as pa
 from linerate.shards.engines import run_tasks
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.plan import Plan
+from linerate.shards.remote_tars import find_in_tars
 from linerate.shards.spill_layout import (
     LAYOUT_NAME,
     SPILL_NAME,
@@ -134,29 +135,36 @@ def spilled_bytes(plan: Plan) -> int:
 
 def spilled_rows(plan: Plan, rows: Any, shard: int) -> tuple[Any, list[str]]:
     """(the rows of a shard, the containers that they count) with what was spilled read from there."""
-    layout = Layout.load(plan)
-    if layout is None:
-        return rows, plan.containers
-    first = plan.first_sample_id(shard)
     container, offset = (rows.column(name).to_numpy().copy() for name in ("container", "offset"))
     containers = list(plan.containers)
+    for part, places, offsets in (*_find_spilled(plan, shard, len(rows)), *find_in_tars(plan, rows)):
+        read_ahead(part, 0, part.stat().st_size)
+        container[places] = len(containers)
+        offset[places] = offsets
+        containers.append(os.fspath(part))
+    if len(containers) == len(plan.containers):
+        return rows, containers
+    for name, values in (("container", container), ("offset", offset)):
+        at = rows.schema.get_field_index(name)
+        rows = rows.set_column(at, rows.schema.field(name), pa.array(values))
+    return rows, containers
+
+
+def _find_spilled(plan: Plan, shard: int, num_rows: int) -> Iterator[tuple[Path, Any, Any]]:
+    """(part, rows of the shard that lie in it, their offsets there)."""
+    layout = Layout.load(plan)
+    if layout is None:
+        return
+    first = plan.first_sample_id(shard)
     bucket = layout.bucket_of(shard, plan.num_shards)
     for piece in range(layout.num_pieces):
         part = part_path(plan.folder / SPILL_NAME, bucket, piece)
         index = load_index(part)
         if index is None:
             continue
-        begin, end = np.searchsorted(index[:, 0], (first, first + len(rows)))
-        if begin == end:
-            continue
-        read_ahead(part, 0, part.stat().st_size)
-        container[index[begin:end, 0] - first] = len(containers)
-        offset[index[begin:end, 0] - first] = index[begin:end, 1]
-        containers.append(os.fspath(part))
-    for name, values in (("container", container), ("offset", offset)):
-        at = rows.schema.get_field_index(name)
-        rows = rows.set_column(at, rows.schema.field(name), pa.array(values))
-    return rows, containers
+        begin, end = np.searchsorted(index[:, 0], (first, first + num_rows))
+        if begin < end:
+            yield part, index[begin:end, 0] - first, index[begin:end, 1]
 
 
 def _missing(plan: Plan, folder: Path, piece: int, buckets: list[int]) -> SpillTask | None:
