@@ -45,12 +45,16 @@ class Bucket:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file under the prefix, by its name after it."""
+        return {name: int(info["size"]) for name, info in self.details("").items()}
+
+    def details(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What the store tells of every file under the prefix and a folder in it, by its name after it."""
         prefix = f"{self._path}/"
-        found = self._patiently(lambda: self._store.find(self._path, detail=True))
+        found = self._patiently(lambda: self._store.find(f"{prefix}{folder}".rstrip("/"), detail=True))
         return {
-            name.removeprefix(prefix): int(info["size"])
+            name.removeprefix(prefix): info
             for name, info in found.items()
-            if name.startswith(prefix)
+            if name.startswith(f"{prefix}{folder}")
         }
 
     def put(self, path: Path, name: str) -> None:
@@ -66,8 +70,13 @@ class Bucket:
 
         self._patiently(send)
 
+    def put_bytes(self, data: bytes, name: str) -> None:
+        """Store a small file."""
+        self._patiently(lambda: self._store.pipe_file(f"{self._path}/{name}", data))
+
     def get(self, name: str, path: Path) -> None:
         """Bring a file; what lies at `path` is whole or from before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         temp = path.with_name(f".{path.name}.tmp")
         self._patiently(lambda: self._store.get_file(f"{self._path}/{name}", str(temp)))
         temp.replace(path)

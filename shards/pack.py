@@ -135,21 +135,16 @@ def pack_source(
     options, effort = options or PackOptions(), effort or Effort()
     if not is_remote(out):
         return _pack_folder(opened, Path(out), options, effort, append=append)
-    if append:
-        raise UserError(
-            f"--append adds to shards in a folder, OUT is {out}; copy them to a disk, append there, and copy "
-            f"the new files back, catalog.json last"
-        )
-
     if effort.engine.kind == "ray" and staging is None:
         raise UserError(
             f"--engine ray with OUT {out} needs --staging: a folder that all nodes share, at the same place"
         )
 
     def pack_into(folder: Path, url: str) -> Catalog:
-        return _pack_folder(opened, folder, options, dataclasses.replace(effort, upload_to=url), append=False)
+        there = dataclasses.replace(effort, upload_to=url)
+        return _pack_folder(opened, folder, options, there, append=append)
 
-    return pack_through(str(out), staging, pack_into)
+    return pack_through(str(out), staging, pack_into, with_marks=append)
 
 
 def _pack_folder(
@@ -177,6 +172,8 @@ def _pack_locked(
         remove_work(out)
         return Catalog.load(out)
     log = StatsLog(out / WORK_NAME / "stats.jsonl")
+    if effort.upload_to:
+        publish_plan(Bucket(effort.upload_to), out)
     pack_missing(out, plan, tasks, marks, options=options, effort=effort, log=log)
     return finish(out, plan, tasks, marks, asdict(options), base)
 
@@ -241,9 +238,7 @@ def pack_missing(
     # Of what is known: a guess at sizes that only fetching tells must not refuse a disk that may do.
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.known_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    if effort.upload_to:
-        publish_plan(effort.upload_to, out)
-    else:
+    if not effort.upload_to:
         require_space(out, num_bytes=num_bytes - spilled_bytes(plan))
 
     spill = Spill(plan.folder)
