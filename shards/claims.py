@@ -32,7 +32,13 @@ POLL_S = 2.0
 
 
 class ClaimedError(UserError):
-    """Somebody else writes there."""
+    """Somebody else, `whom`, writes there."""
+
+    def __init__(self, url: str, whom: str) -> None:
+        super().__init__(
+            f"another `linerate shard pack` ({whom}) writes to {url}; wait until it ends, or give another OUT"
+        )
+        self.whom = whom
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,7 @@ def _refuse_others(bucket: Bucket, role: Role, mine: str, *, wait: bool) -> None
             if alive is None and (now - _changed(info)).total_seconds() >= STALE_S:
                 alive = False
             if alive or (alive is None and not wait):
-                raise ClaimedError(
-                    f"another `linerate shard pack` ({whom}) writes to {bucket.url}; wait until it ends, or "
-                    f"give another OUT"
-                )
+                raise ClaimedError(bucket.url, whom)
             if alive is None:
                 undecided = True
             else:

@@ -140,6 +140,7 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
                 fetch=fetch,
                 on_progress=bars.advance,
             ),
+            staging=args.staging,
             on_wait=lambda whom: terminal.stderr.print(f"waiting for the plan, which {whom} makes"),
             wait_limit_s=args.plan_wait_s,
         )
@@ -163,19 +164,26 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
 class FinishArgs:
     """Write the catalog once the workers of --worker-index have packed all shards; needs no source."""
 
-    out: Positional[Path]
-    """The folder that they packed into."""
+    out: Positional[str]
+    """The folder or URL that they packed into."""
+    staging: Path | None = None
+    """Where OUT is a URL: the folder for what is made, as of `linerate shard pack`."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
 
 def main_finish(argv: list[str]) -> int:
     args = terminal.parse_args(FinishArgs, argv, prog="linerate shard finish")
+    from linerate.shards.upload import is_remote
     from linerate.shards.worker_index import finish_parts
 
     started = time.perf_counter()
-    catalog = finish_parts(args.out)
-    _tell(catalog, args, num_packed=0, seconds=time.perf_counter() - started)
+    catalog = finish_parts(args.out, staging=args.staging)
+    seconds = time.perf_counter() - started
+    if is_remote(args.out):
+        _show_remote(args.out, catalog, 0, seconds, json=args.json)
+    else:
+        _tell(catalog, args, num_packed=0, seconds=seconds)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.shards.servers import FaultyServer, s3_environment, serve, serve_s3
+from tests.shards.servers import FaultyServer, serve
 
 from linerate.shards import remote_tars
 from linerate.shards.errors import UserError
@@ -100,28 +100,19 @@ def test_kinds_are_not_mixed() -> None:
 
 
 def test_parts_of_a_parquet_manifest_in_a_bucket_are_one(
-    make_jpeg: MakeJpeg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Any, make_jpeg: MakeJpeg, tmp_path: Path
 ) -> None:
-    s3fs = pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    with serve_s3() as endpoint:
-        for name, value in s3_environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        store = s3fs.S3FileSystem(use_listings_cache=False)
-        store.mkdir("lists")
-        for i in range(8):
-            store.pipe_file(f"lists/a/images/{i}.jpg", make_jpeg(i))
-        for part in range(2):
-            paths = [f"images/{i}.jpg" for i in range(4 * part, 4 * part + 4)]
-            pq.write_table(pa.table({"path": paths, "user": paths}), tmp_path / "x")
-            store.pipe_file(f"lists/a/list/{part}.parquet", (tmp_path / "x").read_bytes())
-        with pytest.raises(UserError, match="none of the 8 files is an image"):
-            pack_url("s3://lists/a/list/", tmp_path / "none")  # relative to list/, where no images are
-        for part in range(2):
-            store.mv(f"lists/a/list/{part}.parquet", f"lists/a/{part}.parquet")
-        pack_url("s3://lists/a/?.parquet", tmp_path / "out")
-        keys, rejects = keys_and_rejects(tmp_path / "out")
-        s3fs.S3FileSystem.clear_instance_cache()
+    for i in range(8):
+        store.pipe_file(f"shards/a/images/{i}.jpg", make_jpeg(i))
+    for part in range(2):
+        paths = [f"images/{i}.jpg" for i in range(4 * part, 4 * part + 4)]
+        pq.write_table(pa.table({"path": paths, "user": paths}), tmp_path / "x")
+        store.pipe_file(f"shards/a/list/{part}.parquet", (tmp_path / "x").read_bytes())
+    with pytest.raises(UserError, match="none of the 8 files is an image"):
+        pack_url("s3://shards/a/list/", tmp_path / "none")  # relative to list/, where no images are
+    for part in range(2):
+        store.mv(f"shards/a/list/{part}.parquet", f"shards/a/{part}.parquet")
+    pack_url("s3://shards/a/?.parquet", tmp_path / "out")
+    keys, rejects = keys_and_rejects(tmp_path / "out")
     assert keys == {f"images/{i}.jpg" for i in range(8)}
     assert not rejects

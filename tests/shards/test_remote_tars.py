@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.shards.servers import FaultyServer, s3_environment, serve, serve_s3
+from tests.shards.servers import FaultyServer, serve
 
 from linerate.shards import remote_stream, remote_tars
 from linerate.shards.errors import UserError
@@ -226,29 +226,7 @@ def test_lost_images_of_read_tars_are_told(server: FaultyServer, tmp_path: Path,
         pack_url(server.url("ranged/folder.tar"), tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    with serve_s3() as running:
-        yield running
-
-
-@pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The bucket `images`, empty."""
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in s3_environment(endpoint).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    made = s3fs.S3FileSystem(use_listings_cache=False)
-    made.mkdir("images")
-    yield made
-    made.rm("images", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.mark.parametrize("where", ["s3://images/wds/*.tar", "s3://images/wds/", "s3://images/wds"])
+@pytest.mark.parametrize("where", ["s3://shards/wds/*.tar", "s3://shards/wds/", "s3://shards/wds"])
 def test_a_prefix_of_img2datasets_tars_is_the_folder_of_them(
     store: Any, tars: dict[str, bytes], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +239,7 @@ def test_a_prefix_of_img2datasets_tars_is_the_folder_of_them(
     pq.write_table(pa.table(failed), folder / "00001.parquet")
     (folder / "00000_stats.json").write_text("{}")
     for path in folder.iterdir():
-        store.pipe_file(f"images/wds/{path.name}", path.read_bytes())
+        store.pipe_file(f"shards/wds/{path.name}", path.read_bytes())
     assert pack_url(where, tmp_path / "a") == pack_url(str(folder), tmp_path / "b")
 
 
@@ -269,7 +247,7 @@ def test_a_store_that_breaks_and_truncates_is_asked_for_the_rest(
     store: Any, tars: dict[str, bytes], local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: Any
 ) -> None:
     s3fs = pytest.importorskip("s3fs")
-    store.pipe_file("images/train.tar", tars["train.tar"])
+    store.pipe_file("shards/train.tar", tars["train.tar"])
     cat_file, asked = s3fs.S3FileSystem._cat_file, []
 
     async def faulty(self: Any, path: str, **named: int) -> bytes:
@@ -280,22 +258,22 @@ def test_a_store_that_breaks_and_truncates_is_asked_for_the_rest(
         return data[: 1 + len(data) // 2] if len(asked) % 3 == 2 else data
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", faulty)
-    assert pack_url("s3://images/train.tar", tmp_path / "out") == local["train.tar"]
+    assert pack_url("s3://shards/train.tar", tmp_path / "out") == local["train.tar"]
     assert [start for start, _ in asked] == [0, 0, 25601]
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("s3://images/none.tar", "not found"),
-        ("s3://images/none/", r"does not exist; give tars \(\.tar\), manifests"),
-        ("s3://images/*.tar", "matches no tar and no manifest among 1 objects"),
-        ("s3://images/photos", "holds 1 objects, which are not all tars or Parquet files"),
+        ("s3://shards/none.tar", "not found"),
+        ("s3://shards/none/", r"does not exist; give tars \(\.tar\), manifests"),
+        ("s3://shards/*.tar", "matches no tar and no manifest among 1 objects"),
+        ("s3://shards/photos", "holds 1 objects, which are not all tars or Parquet files"),
         ("s3://no-such-bucket/x/", "cannot be|does not exist"),
         ("s3://", "bad URL"),
     ],
 )
 def test_what_is_not_in_the_bucket_is_told(store: Any, tmp_path: Path, url: str, said: str) -> None:
-    store.pipe_file("images/photos/a.jpg", b"x")
+    store.pipe_file("shards/photos/a.jpg", b"x")
     with pytest.raises(UserError, match=said):
         pack_url(url, tmp_path / "out")

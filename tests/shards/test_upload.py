@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.shards.servers import s3_environment, serve_s3
 
 from linerate.shards import bucket as bucket_module
 from linerate.shards.bucket import Bucket
@@ -23,30 +22,9 @@ from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
 
 s3fs = pytest.importorskip("s3fs")
-pytest.importorskip("moto.server")
 
 ReadAll = Callable[[Path], dict[str, bytes]]
 OPTIONS = PackOptions(seed=7, min_shards=3)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve_s3() as running:
-        yield running
-
-
-@pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The bucket `shards`, empty."""
-    for name, value in s3_environment(endpoint).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bucket_module, "BACKOFF_S", 0.01)
-    s3fs.S3FileSystem.clear_instance_cache()
-    made = s3fs.S3FileSystem(use_listings_cache=False)
-    made.mkdir("shards")
-    yield made
-    made.rm("shards", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
