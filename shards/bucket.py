@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
@@ -89,6 +89,13 @@ class Bucket:
                 return function(file)
 
         return self._patiently(opened)
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, of which each read asks for just its bytes."""
+        opened: BinaryIO = self._patiently(
+            lambda: self._store.open(f"{self._path}/{name}", "rb", cache_type="none")
+        )
+        return opened
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, one after the other; one that is gone is no error."""

@@ -195,7 +195,7 @@ def _rejects(db: Any, num_examples: int) -> list[tuple[str, int, list[str]]]:
 
 def _load_cells(catalog: Catalog, samples: list[dict[str, Any]]) -> Iterator[Cell]:
     for sample in samples:
-        with catalog.shard_path(sample["shard"]).open("rb") as tar:
+        with catalog.open_tar(sample["shard"]) as tar:
             tar.seek(sample["offset"])
             jpeg = tar.read(sample["size"])
         flags = [name for bit, name in FLAG_NAMES.items() if sample["flags"] & bit]

@@ -266,10 +266,9 @@ def test_staging_that_cannot_be_written_is_refused(store: Any, photo_folder: Pat
         pack_there(photo_folder, tmp_path, staging=tmp_path / "file")
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_shards_in_a_bucket_are_not_looked_at_there(command: str) -> None:
+def test_a_beton_is_not_made_of_shards_in_a_bucket(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="aws s3 cp --recursive s3://shards/in1k FOLDER"):
-        main([command, "s3://shards/in1k"])
+        main(["beton", "s3://shards/in1k", str(tmp_path / "x.beton")])
 
 
 def test_the_command_tells_what_lies_there(
