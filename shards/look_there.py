@@ -61,7 +61,7 @@ def look_at(where: str, *, staging: Path | None = None) -> Iterator[Look]:
         return
     if not where.startswith(tuple(f"{scheme}://" for scheme in STORES)):
         raise UserError(
-            f"shards at {where} are not looked at there; give a folder, s3:// or gs://, or copy them to a disk"
+            f"shards at {where} are not looked at there; give a folder, s3:// or gs://, or copy them here"
         )
     bucket = Bucket(where)
     with _folder_for(staging) as folder:

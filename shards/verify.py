@@ -80,7 +80,7 @@ def verify_shards(
             problems.append(Problem(file, f"{failed[shard].kind}: {failed[shard].text}"))
         problems.extend(found.get(shard, [] if shard in failed else _check_size(catalog, shard, sizes)))
     if url:
-        problems = [replace(one, what=one.what.replace(root, url)) for one in problems]
+        problems = [replace(one, what=one.what.replace(os.fspath(catalog.root), url)) for one in problems]
     return Report(len(chosen), int(catalog.shard_sizes[chosen].sum()), num_bytes, problems)
 
 

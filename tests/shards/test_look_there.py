@@ -76,7 +76,10 @@ def test_verify_finds_there_what_it_finds_here(
     code_here, report_here = said(capsys, "verify", str(tmp_path / "copy"), "--workers", "0")
     assert code == code_here == 1
     here = json.loads(json.dumps(report_here["problems"]).replace(str(tmp_path / "copy"), URL))
-    assert report["problems"] == here
+    # Of a long message the end is cut off, which depends on the path's length.
+    assert [(p["file"], p["what"][:80]) for p in report["problems"]] == [
+        (p["file"], p["what"][:80]) for p in here
+    ]
     assert len({problem["file"] for problem in here}) == 5
     code, report = said(capsys, "verify", URL, "--workers", "0", "--sample", "0.2", "--seed", "1")
     assert code == 1
@@ -126,7 +129,7 @@ def test_what_cannot_be_looked_at_is_told_in_a_line(there: Any, packed: Catalog,
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"file cannot be written .*; give another by --staging"):
         main(["verify", URL, "--staging", str(tmp_path / "file")])
-    with pytest.raises(UserError, match=r"shards at http://a\.org/x are not looked at there"):
+    with pytest.raises(UserError, match=r"shards at http://a\.org/x are not looked at there; give a folder"):
         main(["inspect", "http://a.org/x"])
     table = pq.read_table(packed.root / "shards.parquet")
     files = pa.array(["../../evil.tar", *packed.files[1:]])
