@@ -267,10 +267,11 @@ def _paths_last(argv: list[str]) -> list[str]:
 
 
 class PackProgress:
-    """Bars for listing the source, reading its tars, and packing it, from pack()'s progress calls."""
+    """Bars for fetching and listing the source, reading its tars, and packing it, from pack()'s calls."""
 
     def __init__(self) -> None:
         self.num_packed = 0
+        self._fetching = False
         self._stack = contextlib.ExitStack()
         self._advance: Callable[[float], None] | None = None
 
@@ -281,6 +282,17 @@ class PackProgress:
         self._stack.close()
 
     def advance(self, stage: str, amount: float) -> None:
+        if stage == "to fetch":
+            self._stack.close()
+            fetched = self._stack.enter_context(
+                terminal.progress("fetching the source", total=round(amount / 1e6), unit="MB")
+            )
+            self._advance = lambda num_bytes: fetched(num_bytes / 1e6)
+            self._fetching = True
+            return
+        if self._fetching and stage != "fetch":
+            self._stack.close()
+            self._advance, self._fetching = None, False
         if stage in ("to spill", "plan"):
             self._stack.close()
             what = "packing" if stage == "plan" else "reading the tars"

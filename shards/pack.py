@@ -44,7 +44,8 @@ from linerate.shards.upload import is_remote, load_marks_there, pack_through, pu
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
-"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since)."""
+"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); before
+these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since)."""
 
 
 def pack(

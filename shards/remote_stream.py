@@ -75,13 +75,20 @@ def stream(file: RemoteFile, options: FetchOptions) -> Generator[bytes]:
         yield from chunks
 
 
-def download(file: RemoteFile, path: Path, options: FetchOptions) -> None:
+def download(
+    file: RemoteFile,
+    path: Path,
+    options: FetchOptions,
+    *,
+    on_bytes: Callable[[int], None] = lambda size: None,
+) -> None:
     """Write the whole file; what lies at `path` is whole or was there before."""
     temp = path.with_name(f".{path.name}.tmp")
     try:
         with temp.open("wb") as out:
             for chunk in stream(file, options):
                 out.write(chunk)
+                on_bytes(len(chunk))
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from linerate.shards.tar_reader import BLOCK, Member, begins_tar, walk_members
 
 SKELETONS_NAME = "skeletons"
 _LISTED = (".cls", ".json", ".txt")
-_REPORT_EVERY = 256
+_REPORT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +89,16 @@ def _read_tar(
     path = skeleton_path(folder, tar.number)
     path.parent.mkdir(exist_ok=True)
     temp = path.with_suffix(f".{os.getpid()}.tmp")
-    count = 0
+    told = 0
 
     def keep(key: str, member: Member) -> None:
-        nonlocal count
+        nonlocal told
         part = parts[bucket_of_key(key, seed=task.seed, num_buckets=task.num_buckets)]
         if part:
             part.append_chunks(tar.start + member.offset, source.chunks_of(member))
-        count += 1
-        if count % _REPORT_EVERY == 0:
-            report(_REPORT_EVERY)
+        if member.offset - told >= _REPORT_BYTES:
+            report(member.offset - told)
+            told = member.offset
 
     try:
         with temp.open("wb") as skeleton, contextlib.closing(stream(tar.file, task.options)) as chunks:
@@ -110,7 +110,7 @@ def _read_tar(
                 )
             _read_members(source, tar, tar.prefix, None, keep)
             skeleton.truncate(tar.file.size)
-        report(count % _REPORT_EVERY)
+        report(tar.file.size - told)
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 `OUT/.pack/tars/` holds what remote_tar_task writes: `skeletons/000012.tar`, which lists as tar 12 does, and
 `0007/0003`, the images of piece 3 that go to bucket 7 (see spill.py for such parts). `layout.json` tells of
 which tars, in which versions: of any others all is read anew. A piece is a run of tars of 2 GB or more; one
-that was whole when a run was killed is not read again.
+that was whole when a run was killed is not read again. `0007.whole`: all shards of bucket 7 are whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from linerate.shards.imagenet import LabelledSource
 from linerate.shards.manifest import ManifestSource
 from linerate.shards.out_folder import TARS_NAME
 from linerate.shards.plan import Plan
+from linerate.shards.plan_rows import load_plan_rows
 from linerate.shards.remote_source import RemoteTars
 from linerate.shards.remote_stream import RemoteFile, ask_file, download, find_file
 from linerate.shards.remote_tar_task import RemoteTar, RemoteTarTask, bucket_of_key, skeleton_path
@@ -64,7 +65,8 @@ def bring_source(
 ) -> Source | ManifestSource:
     """The source with all that listing it needs in `work`; one that lies here comes back as it is.
 
-    on_progress: ("list", images read since). Raises UserError for what cannot be read, or has no room.
+    on_progress: ("to fetch", bytes in all), then ("fetch", bytes since). Raises UserError for what cannot be
+    read, or has no room.
     """
     if isinstance(source, LabelledSource):
         inner = bring_source(
@@ -78,7 +80,7 @@ def bring_source(
         assert not isinstance(inner, ManifestSource)
         return dataclasses.replace(source, source=inner)
     if isinstance(source, ManifestSource) and source.urls:
-        return _bring_manifests(source, work / MANIFESTS_NAME, options)
+        return _bring_manifests(source, work / MANIFESTS_NAME, options, on_progress)
     if isinstance(source, RemoteTars):
         return _bring_tars(source, work / TARS_NAME, seed, num_workers, options, on_progress)
     return source
@@ -152,19 +154,67 @@ def find_in_tars(plan: Plan, table: Any) -> Iterator[tuple[Path, Any, Any]]:
             yield part, chosen, index[places, 1]
 
 
-def _bring_manifests(source: ManifestSource, folder: Path, options: FetchOptions) -> ManifestSource:
+class TarBuckets:
+    """Frees the disk space of brought tars: a bucket leaves when all shards that it has images of are whole.
+
+    shards: of the plan, those that are not whole yet.
+    """
+
+    def __init__(self, plan: Plan, shards: Collection[int]) -> None:
+        self._folder = plan.folder / TARS_NAME
+        found = _tars_of(plan)
+        self._waiting: dict[int, set[int]] = {}
+        if found is None or found[0] != self._folder:  # a plan in the making will need them again
+            return
+        layout = found[1]
+        self._waiting = {bucket: set() for bucket in range(layout.num_buckets)}
+        for shard, table in enumerate(load_plan_rows(plan.folder)):
+            if shard in shards:
+                ends = [table.column("key")[row].as_py() for row in (0, len(table) - 1)]
+                first, last = (
+                    bucket_of_key(key, seed=layout.seed, num_buckets=layout.num_buckets) for key in ends
+                )
+                for bucket in range(first, last + 1):
+                    self._waiting[bucket].add(shard)
+        self._free()
+
+    def shard_is_whole(self, shard: int) -> None:
+        for shards in self._waiting.values():
+            shards.discard(shard)
+        self._free()
+
+    def _free(self) -> None:
+        for bucket in [bucket for bucket, shards in self._waiting.items() if not shards]:
+            del self._waiting[bucket]
+            # First what says that nobody needs it: killed in between, it is not read again.
+            _whole_path(self._folder, bucket).touch()
+            shutil.rmtree(self._folder / f"{bucket:04d}", ignore_errors=True)
+
+
+def _whole_path(folder: Path, bucket: int) -> Path:
+    return folder / f"{bucket:04d}.whole"
+
+
+def _bring_manifests(
+    source: ManifestSource,
+    folder: Path,
+    options: FetchOptions,
+    on_progress: Callable[[str, float], None],
+) -> ManifestSource:
     shutil.rmtree(folder, ignore_errors=True)
+    found = [ask_file(url, options) for url in source.urls]
+    num_bytes = sum(file.size for file in found)
+    _require_space(folder.parent, num_bytes, what=f"the manifest {show_url(source.urls[0])}")
+    on_progress("to fetch", num_bytes)
     files: list[Path] = []
     numbers: dict[str, int] = {}
-    for url in source.urls:
-        file = ask_file(url, options)
-        _require_space(folder.parent, file.size, what=f"the manifest {show_url(url)}")
-        base, _, name = show_url(url).rpartition("/")
+    for file in found:
+        base, _, name = show_url(file.url).rpartition("/")
         # Manifests of one place lie in one folder, as their relative paths have one base.
         here = folder / f"{numbers.setdefault(base, len(numbers)):06d}"
         here.mkdir(parents=True, exist_ok=True)
         files.append(here / f"{len(files):06d}-{_plain(name)}")
-        download(file, files[-1], options)
+        download(file, files[-1], options, on_bytes=lambda size: on_progress("fetch", size))
     return dataclasses.replace(source, files=files)
 
 
@@ -230,7 +280,9 @@ def _missing(
         last = layout.pieces[piece + 1] if piece + 1 < len(layout.pieces) else len(files)
         numbers = range(first, last)
         buckets = [
-            bucket for bucket in range(layout.num_buckets) if not part_path(folder, bucket, piece).exists()
+            bucket
+            for bucket in range(layout.num_buckets)
+            if not part_path(folder, bucket, piece).exists() and not _whole_path(folder, bucket).exists()
         ]
         if buckets or not all(skeleton_path(folder, number).exists() for number in numbers):
             tars = tuple(
@@ -257,13 +309,14 @@ def _read(
     on_progress: Callable[[str, float], None],
 ) -> None:
     workers = choose_num_workers(num_workers, num_bytes=num_bytes, may_crash=False)
+    on_progress("to fetch", sum(tar.file.size for task in tasks for tar in task.tars))
     try:
         failures = run_tasks(
             "linerate.shards.remote_tar_task:run_task",
             tasks,
             num_workers=workers,
             on_done=lambda index, result: None,
-            on_progress=lambda images: on_progress("list", images),
+            on_progress=lambda size: on_progress("fetch", size),
         )
     except StoppedError as stop:
         raise UserError(stop.failure.text) from None

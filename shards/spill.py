@@ -29,8 +29,9 @@ import pyarrow as pa
 
 from linerate.shards.engines import run_tasks
 from linerate.shards.errors import UserError, show_bytes
+from linerate.shards.out_folder import TARS_NAME
 from linerate.shards.plan import Plan
-from linerate.shards.remote_tars import find_in_tars
+from linerate.shards.remote_tars import TarBuckets, find_in_tars
 from linerate.shards.spill_layout import (
     LAYOUT_NAME,
     SPILL_NAME,
@@ -53,8 +54,12 @@ class Spill:
 
     folder: Path
     bucket_of: dict[int, int] = field(default_factory=dict)  # shards that are not whole yet
+    tars: TarBuckets | None = None
+    """Those of tars at URLs."""
 
     def shard_is_whole(self, shard: int) -> None:
+        if self.tars:
+            self.tars.shard_is_whole(shard)
         bucket = self.bucket_of.pop(shard, None)
         if bucket is not None and bucket not in self.bucket_of.values():
             shutil.rmtree(self.folder / f"{bucket:04d}", ignore_errors=True)
@@ -78,7 +83,7 @@ def prepare_tasks(
         shutil.rmtree(folder, ignore_errors=True)
         if layout:
             _read_whole(plan, layout, on_progress)
-        return Spill(folder)
+        return Spill(folder, tars=TarBuckets(plan, shards))
     if Layout.load(plan) != layout:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -129,8 +134,8 @@ def _read_whole(plan: Plan, layout: Layout, on_progress: Callable[[str, float], 
 
 def spilled_bytes(plan: Plan) -> int:
     """Disk space that a spill takes now and that packing will free."""
-    parts = (plan.folder / SPILL_NAME).glob("[0-9]*/[0-9]*")
-    return sum(part.stat().st_size for part in parts)
+    folders = (plan.folder / name for name in (SPILL_NAME, TARS_NAME))
+    return sum(part.stat().st_size for folder in folders for part in folder.glob("[0-9]*/[0-9]*"))
 
 
 def spilled_rows(plan: Plan, rows: Any, shard: int) -> tuple[Any, list[str]]:

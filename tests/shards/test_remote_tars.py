@@ -277,3 +277,64 @@ def test_what_is_not_in_the_bucket_is_told(store: Any, tmp_path: Path, url: str,
     store.pipe_file("shards/photos/a.jpg", b"x")
     with pytest.raises(UserError, match=said):
         pack_url(url, tmp_path / "out")
+
+
+def test_a_bucket_is_removed_when_its_shards_are_whole_and_not_read_again(
+    server: FaultyServer,
+    local: dict[str, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote_tars, "BUCKET_BYTES", 3_000)
+    url, tars = server.url("ranged/folder.tar"), tmp_path / "out" / ".pack" / "tars"
+    left: list[int] = []
+
+    def count(stage: str, amount: float) -> None:
+        if stage == "pack":
+            left.append(len(list(tars.glob("[0-9]*/0000"))))
+            if len(left) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_url(url, tmp_path / "out", on_progress=count)
+    assert 0 < left[1] < left[0]
+    server.ranges.clear()
+    assert pack_url(url, tmp_path / "out") == local["folder.tar"]
+    assert [size for _, _, size in server.ranges] == [1]
+
+
+def test_how_much_is_fetched_is_told(server: FaultyServer, tars: dict[str, bytes], tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    pack_url(server.url("ranged/folder.tar"), tmp_path / "out", on_progress=lambda *stage: told.append(stage))
+    size = len(tars["folder.tar"])
+    assert told[0] == ("to fetch", size)
+    assert sum(amount for stage, amount in told if stage == "fetch") == size
+
+
+def test_a_run_of_tars_that_was_read_whole_is_not_read_again(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tars, "PIECE_BYTES", 10_000)
+    server.files = {name: tars["folder.tar"] for name in ("a.tar", "b.tar")}
+    urls = [server.url("ranged/a.tar"), server.url("ranged/b.tar")]
+    stream = remote_stream.stream
+
+    def lose_the_second(file: remote_stream.RemoteFile, options: FetchOptions) -> Iterator[bytes]:
+        if file.url == urls[1]:
+            raise UserError("it is lost")
+        return stream(file, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("linerate.shards.remote_tar_task.stream", lose_the_second)
+        with pytest.raises(UserError, match="it is lost"):
+            pack_url(urls, tmp_path / "out")
+    server.ranges.clear()
+    there = pack_url(urls, tmp_path / "out")
+    assert {(name, size > 1) for name, _, size in server.ranges} == {
+        ("a.tar", False),
+        ("b.tar", False),
+        ("b.tar", True),
+    }
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(tars["folder.tar"])
+    assert there == pack_url([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "here")
