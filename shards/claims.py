@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import socket
 import threading
@@ -29,6 +30,7 @@ CLAIMS_NAME = f"{WORK_NAME}/claims"
 HEARTBEAT_S = 30.0
 STALE_S = 100.0
 POLL_S = 2.0
+_log = logging.getLogger("linerate.claims")
 
 
 class ClaimedError(UserError):
@@ -92,6 +94,7 @@ def claim(bucket: Bucket, role: Role, *, wait: bool = True) -> Iterator[None]:
 
 def _refuse_others(bucket: Bucket, role: Role, mine: str, *, wait: bool) -> None:
     seen: dict[str, str] = {}
+    told, told_of = False, ""
     while True:
         found = bucket.details(CLAIMS_NAME)
         now = _changed(found[mine]) if mine in found else datetime.datetime.now(datetime.UTC)
@@ -108,11 +111,16 @@ def _refuse_others(bucket: Bucket, role: Role, mine: str, *, wait: bool) -> None
             if alive or (alive is None and not wait):
                 raise ClaimedError(bucket.url, whom)
             if alive is None:
-                undecided = True
+                undecided, told_of = True, whom
             else:
                 bucket.remove([name])
         if not undecided:
             return
+        if not told:
+            _log.warning(
+                "waiting up to %.0f s to see whether %s still writes to %s", STALE_S, told_of, bucket.url
+            )
+            told = True
         time.sleep(POLL_S)
         bucket.put_bytes(bucket.read(mine, lambda file: file.read()), mine)  # its time is the store's now
 

@@ -14,7 +14,7 @@ from linerate.shards.manifest import ManifestSource, manifest_kind
 from linerate.shards.options import ManifestColumns
 from linerate.shards.remote_http import RetryError
 from linerate.shards.remote_store import StoreClient
-from linerate.shards.remote_url import Url, is_url, parse_url, show_url
+from linerate.shards.remote_url import STORES, Url, is_url, parse_url, show_url
 from linerate.shards.sources import SourceReject, SourceRow
 
 _SIGNS = "*?["
@@ -67,10 +67,11 @@ def open_urls(
 
 
 def _files_at(text: str, options: FetchOptions) -> list[str]:
+    scheme, _, rest = text.partition("://")
+    bucket, _, name = rest.partition("/")
     try:
-        url = parse_url(text if text.partition("://")[2].strip("/").count("/") else f"{text.rstrip('/')}/ ")
-        if not url.is_store:
-            url = parse_url(text)
+        # A bucket alone is a prefix, too.
+        url = parse_url(f"{scheme}://{bucket}/{name or '*'}" if scheme.lower() in STORES else text)
     except RejectedError as reject:
         raise UserError(f"the source {show_url(text)} cannot be read: {reject}") from None
     if not url.is_store:
@@ -79,7 +80,6 @@ def _files_at(text: str, options: FetchOptions) -> list[str]:
                 f"the source {show_url(text)} is neither a tar nor a manifest by its name; {_WAYS}"
             )
         return [text]
-    name = text.partition("://")[2].partition("/")[2]
     if any(sign in name for sign in _SIGNS):
         return _matching(url, name, options)
     if _is_kind(name):

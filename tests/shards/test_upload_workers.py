@@ -178,6 +178,7 @@ def test_a_writer_on_another_machine_is_told_by_its_claim(
         patch.setattr(claims.time, "sleep", renewed)
         with pytest.raises(ClaimedError, match="process 1 on elsewhere"), claim(bucket, PACKS_ALL):
             pass
+    assert "up to 100 s show whether process 1 on elsewhere still writes to s3://shards/out" in caplog.text
     monkeypatch.setattr(claims, "STALE_S", 0.0)
     with claim(bucket, PACKS_ALL):
         assert name not in bucket.details(CLAIMS_NAME)
