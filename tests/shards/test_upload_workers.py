@@ -162,8 +162,8 @@ def test_a_live_writer_is_seen_a_dead_one_is_not(store: Any, monkeypatch: pytest
     assert not stored(store)
 
 
-def test_a_writer_on_another_machine_is_told_by_its_claim(
-    store: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_writer_elsewhere_is_told_by_its_claim(
+    store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bucket = Bucket(OUT)
     monkeypatch.setattr(claims, "POLL_S", 0.01)
