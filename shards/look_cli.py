@@ -84,7 +84,8 @@ class InspectArgs:
 class PreviewArgs:
     """Draw a contact sheet of random samples, or write a page of thumbnails by class, hashtag, shard or size.
 
-    The page is one HTML file that loads nothing; what was rejected stands at its end, with the reasons.
+    The page is one HTML file that loads nothing. What was rejected stands at its end with the reasons, and
+    with a picture where the source is still there and some decoder makes anything of the file.
     """
 
     shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -103,6 +104,8 @@ class PreviewArgs:
     """Of --html: at most so many samples in a group."""
     seed: int = 0
     """Another seed shows other samples."""
+    source: tuple[Path, ...] = ()
+    """Of --html: where the rejects lie, as it was given to `pack`; by default where it lay then."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -237,10 +240,13 @@ def _write_page(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any
             per_group=args.per,
             num_groups=args.groups,
             seed=args.seed,
+            source=args.source,
             on_cells=advance,
         )
     if not args.json:
         broken = f", {report.num_broken} of them do not decode" if report.num_broken else ""
+        if report.num_rejects_drawn:
+            broken += f", {report.num_rejects_drawn} rejects"
         Console().print(
             f"{report.out}: {report.num:,} images in {len(report.groups)} of {report.num_groups:,} groups"
             f"{broken}, {show_bytes(report.num_bytes)}",
