@@ -189,7 +189,9 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
         return
     table = Table(title=f"{catalog.root}", title_justify="left", show_header=False, box=None)
     num_classes = len(overview.classes.keys() - {NO_CLASS})
-    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes")
+    unlabelled = overview.classes.get(NO_CLASS, 0) if num_classes else 0
+    without = f", {unlabelled:,} without a class" if unlabelled else ""
+    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes{without}")
     table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
     if catalog.appends:
         last = catalog.appends[-1]

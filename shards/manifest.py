@@ -29,11 +29,10 @@ from linerate.shards.manifest_sql import (
     text_as_tags,
 )
 from linerate.shards.options import ManifestColumns
-from linerate.shards.scan import Listing, RejectWriter, mixed_labels
+from linerate.shards.scan import MAX_CLASSES, Listing, RejectWriter, mixed_labels
 from linerate.shards.sources import Source, open_source
 
 MANIFEST_NAME = "manifest.parquet"
-MAX_CLASSES = 1_000_000
 
 _PARQUET = (".parquet", ".parq", ".pq")
 _TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")

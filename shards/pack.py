@@ -20,6 +20,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.finish import finish
 from linerate.shards.imagenet import LabelledSource, load_ground_truth
+from linerate.shards.label_field import FieldLabelledSource
 from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.out_folder import (
@@ -91,14 +92,18 @@ def pack(
 def open_labelled(
     paths: Sequence[Path | str], options: PackOptions, *, ground_truth: Path | None = None
 ) -> Source | ManifestSource:
-    """The source that these paths make, with the classes of a ground truth where one is given."""
+    """The source that these paths make, with the classes of a ground truth or a field where one is given."""
     opened = open_any_source(paths, columns=options.manifest_columns)
     if ground_truth is None:
-        return opened
+        if options.label_column is None or isinstance(opened, ManifestSource):
+            return opened
+        return FieldLabelledSource(opened, options.label_column)
     if isinstance(opened, ManifestSource):
         raise UserError(
             "--ground-truth labels folders and tars; a manifest has a column for it: --label-column"
         )
+    if options.label_column is not None:
+        raise UserError("--ground-truth and --label-column both tell the classes; give one of them")
     return LabelledSource(opened, load_ground_truth(ground_truth))
 
 
