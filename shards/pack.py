@@ -43,7 +43,8 @@ from linerate.shards.upload import is_remote, load_marks_there, pack_through, pu
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
-"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since)."""
+"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); and with
+("known", samples) where an append finds nothing new."""
 
 
 def pack(
@@ -157,7 +158,8 @@ def _pack_folder(
     with lock_folder(out):
         try:
             return _pack_locked(opened, out, options, effort, append=append)
-        except NothingNewError:
+        except NothingNewError as nothing:
+            effort.on_progress("known", nothing.num_known)
             remove_work(out)
             return Catalog.load(out)
         finally:
@@ -327,9 +329,11 @@ def _plan(
         if stored := _deduplicated_before(plan, out, base, effort):
             shutil.rmtree(fresh)
             return stored
-        plan = drop_equal_images(
+        listed = plan
+        plan, equal = drop_equal_images(
             plan,
             work / "hashes",
+            known=base.indexes if base else (),
             sizing=options.sizing,
             num_workers=effort.num_workers,
             engine=effort.engine,
@@ -338,6 +342,10 @@ def _plan(
             fetch=effort.fetch,
             on_progress=lambda images: effort.on_progress("list", images),
         )
+        if base:
+            base.note(plan, num_known_bytes=equal.num_known, num_incomparable=equal.num_incomparable)
+            if not plan.num_samples:
+                raise NothingNewError(listed.num_samples)
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "
