@@ -14,13 +14,14 @@ from linerate.shards.gallery_page import Cell, RejectGroup
 from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import ManifestColumns
 from linerate.shards.overview import reject_example, reject_reason
-from linerate.shards.plan_rows import DUPLICATE_KEY
+from linerate.shards.plan_rows import DUPLICATE_BYTES
 from linerate.shards.reject_images import load_images
 from linerate.shards.shard_stats import load_sources
 from linerate.shards.tolerant import open_artist
 
-# By these names the source has something else, which was packed.
-_NAMES_ANOTHER = (DUPLICATE_KEY, "replaced")
+# Of the files that got no place in the plan only these are looked up: others were ruled out by their names,
+# or the source has something else of that name, which was packed.
+_DRAWN_WITHOUT_PLACE = (DUPLICATE_BYTES, "no label")
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,14 @@ class RejectExamples:
     why: str
     count: int
     files: list[dict[str, Any]]
-    """key, reason, and text: the key, then `: ` and the detail where `why` lacks it."""
+    """key; text: the key, then `: ` and the detail where `why` lacks it; wanted: may it be looked up?"""
 
 
 def load_reject_examples(db: Any, num: int) -> list[RejectExamples]:
     """At most `num` of each reason, the most frequent reason first. db: of open_tables."""
+    wanted = f"sample_id IS NOT NULL OR reason IN {_DRAWN_WITHOUT_PLACE}"
     found = db.execute(
-        f"SELECT {reject_reason()} AS why, count(*) AS n, arg_min({{'key': key, 'reason': reason, "
+        f"SELECT {reject_reason()} AS why, count(*) AS n, arg_min({{'key': key, 'wanted': {wanted}, "
         f"'text': {reject_example()}}}, key, {num}) "
         f"FROM rejected GROUP BY why ORDER BY n DESC, why"
     )
@@ -57,7 +59,7 @@ def draw_rejects(
     Raises UserError where `source` cannot be opened.
     """
     files = [file for group in examples for file in group.files]
-    keys = {file["key"] for file in files if file["reason"] not in _NAMES_ANOTHER}
+    keys = {file["key"] for file in files if file["wanted"]}
     cells: dict[str, Cell] = {}
     why_not: dict[str, str] = {}
     sources, note = ([source], "") if source else _recorded(catalog)
@@ -92,14 +94,16 @@ def draw_rejects(
 
 
 def _group(group: RejectExamples, cells: dict[str, Cell], why_not: dict[str, str]) -> RejectGroup:
-    drawn = [file for file in group.files if file["key"] in cells and file["reason"] not in _NAMES_ANOTHER]
+    drawn = [file for file in group.files if file["wanted"] and file["key"] in cells]
     others = [file for file in group.files if file not in drawn]
     return RejectGroup(
         reason=group.why,
         count=group.count,
         shown=[cells[file["key"]] for file in drawn],
         listed=[
-            f"{file['text']} ({why_not[file['key']]})" if file["key"] in why_not else file["text"]
+            f"{file['text']} ({why_not[file['key']]})"
+            if file["wanted"] and file["key"] in why_not
+            else file["text"]
             for file in others
         ],
     )

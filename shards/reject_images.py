@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ MAX_BYTES = 100_000_000
 _MEMORY = "1GB"
 Found = tuple[str, bytes | str]
 """A key, and its bytes or why there are none."""
-OnRows = Callable[[float], None]
 
 
 def load_images(
@@ -32,7 +31,6 @@ def load_images(
     keys: Collection[str],
     *,
     columns: ManifestColumns,
-    on_rows: OnRows = lambda rows: None,
 ) -> Iterator[Found]:
     """The files with these keys out of the sources that still have them, each key at most once.
 
@@ -45,24 +43,24 @@ def load_images(
             return
         source = open_any_source(paths, columns=columns)
         with ExitStack() as stack:
-            rows, containers = _find_rows(source, left, stack, on_rows)
+            rows, containers = _find_rows(source, left, stack)
             for key, found in _read(rows, containers):
                 left.discard(key)
                 yield key, found
 
 
 def _find_rows(
-    source: Source | ManifestSource, keys: Collection[str], stack: ExitStack, on_rows: OnRows
+    source: Source | ManifestSource, keys: Collection[str], stack: ExitStack
 ) -> tuple[Any, list[str]]:
     """(rows as a plan has them, one a key; what their container counts)."""
     if isinstance(source, ManifestSource):
         return _find_in_manifest(source, keys, stack)
     found: dict[str, SourceRow] = {}
-    for number, row in enumerate(source.rows()):
-        if number % 1000 == 0:
-            on_rows(1000)
-        if isinstance(row, SourceRow) and row.key in keys:
-            found.setdefault(row.key, row)
+    rows = (row for row in source.rows() if isinstance(row, SourceRow) and row.key in keys)
+    for row in rows:
+        found.setdefault(row.key, row)
+        if len(found) == len(keys):  # a long source is not listed to its end
+            break
     names = ("key", "path", "container", "offset", "size")
     columns = {
         name: pa.array([getattr(row, name) for row in found.values()], SCAN_SCHEMA.field(name).type)

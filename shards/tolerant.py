@@ -7,6 +7,7 @@ import io
 import resource
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import simplejpeg
@@ -18,7 +19,7 @@ from linerate.shards.inspect_image import Buffer, RejectedError, one_line
 # None that starts another program (EPS does), and none that a photo never is.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO", "JPEG2000", "PSD", "TGA")
 _MAX_PIXELS = 100_000_000
-# Of addresses: such an image in RGBA, twice, beside the interpreter and the decoders.
+# Such an image in RGBA, twice, and more; of addresses, beside what interpreter and libraries have taken.
 _MAX_BYTES = 2 << 30
 _LIMIT_S = 20.0
 
@@ -66,10 +67,24 @@ def _drawn(image: Any, facts: str, side: int, quality: int) -> Drawn:
 
 def _make_artist(side: int, quality: int) -> Callable[[Buffer], Drawn]:
     """Only in a process of its own: the limits stay."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_BYTES, _MAX_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, _taken_bytes() + _MAX_BYTES)
+    _limit(resource.RLIMIT_CORE, 0)
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     return functools.partial(draw, side=side, quality=quality)
+
+
+def _limit(what: int, most: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _taken_bytes() -> int:
+    """Addresses of this process: on many cores libraries reserve gigabytes; 0 where nothing tells."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
 def _open(data: Buffer, side: int) -> tuple[Any, str]:

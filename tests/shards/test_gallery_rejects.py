@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import re
+import resource
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,20 @@ import pytest
 from PIL import Image, ImageFile
 
 from linerate.__main__ import main
-from linerate.shards import tolerant
+from linerate.shards import reject_images, tolerant
 from linerate.shards.catalog import Catalog
 from linerate.shards.gallery import GalleryReport, write_gallery
 from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
 from linerate.shards.shard_stats import load_sources
+from linerate.shards.sources import FolderSource, SourceReject, SourceRow
 
 MakeJpeg = Callable[..., bytes]
 # A module that Python runs whenever it starts: decoders die of an image with such a comment.
 PLUGIN = """
 import os, signal
-from linerate.shards import tolerant
+from linerate.shards import reject_images, tolerant
 real = tolerant.draw
 def draw(data, **how):
     if b"poison" in bytes(data):
@@ -193,6 +196,45 @@ def test_bombs_and_formats_that_run_programs_are_not_opened(monkeypatch: pytest.
     monkeypatch.setattr(tolerant, "_MAX_PIXELS", 399)
     with pytest.raises(RejectedError, match="not drawn: PNG, 20 x 20 is more than is decoded for a page"):
         tolerant.draw(encode(small, "PNG"), side=160, quality=80)
+
+
+@pytest.mark.parametrize(("hard", "soft"), [(resource.RLIM_INFINITY, 5000), (3000, 3000), (9000, 5000)])
+def test_the_process_that_draws_may_take_so_much_and_no_more_than_it_may_already(
+    monkeypatch: pytest.MonkeyPatch, hard: int, soft: int
+) -> None:
+    limits: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (hard, hard))
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    assert tolerant._taken_bytes() > 1 << 20
+    monkeypatch.setattr(tolerant, "_taken_bytes", lambda: 1000)
+    monkeypatch.setattr(tolerant, "_MAX_BYTES", 4000)
+    tolerant._make_artist(160, 80)
+    assert limits == {resource.RLIMIT_AS: (soft, hard), resource.RLIMIT_CORE: (0, hard)}
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_memory_that_is_not_told_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **how: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert tolerant._taken_bytes() == 0
+
+
+def test_a_long_source_is_listed_only_until_all_is_found(rejects: Path) -> None:
+    listed: list[str] = []
+
+    class Source(FolderSource):
+        def rows(self) -> Iterator[SourceRow | SourceReject]:
+            for row in super().rows():
+                listed.append(row.key)
+                yield row
+
+    with ExitStack() as stack:
+        rows, _ = reject_images._find_rows(Source(rejects), {"a/cut.jpg"}, stack)
+    assert rows.column("key").to_pylist() == ["a/cut.jpg"]
+    assert listed == ["a/.hidden.jpg", "a/cut.jpg"]
 
 
 def test_every_nasty_file_of_the_real_ones_is_drawn_or_says_why(data_folder: Path, tmp_path: Path) -> None:
