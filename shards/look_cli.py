@@ -209,6 +209,8 @@ def main_preview(argv: list[str]) -> int:
 
     if args.out is None and args.html is None:
         raise UserError("nothing to write: give --out sheet.png, --html page.html, or both")
+    if args.source and args.html is None:
+        raise UserError("--source is where the rejects of a page lie; give --html page.html, or leave it out")
     catalog = Catalog.load(args.shards)
     sheet = _write_sheet(catalog, args.out, args) if args.out else {}
     page = _write_page(catalog, args.html, args) if args.html else None

@@ -115,6 +115,8 @@ def test_a_source_that_is_gone_costs_the_pictures_and_can_be_named(
     assert json.loads(capsys.readouterr().out)["html"]["num_rejects_drawn"] == 3
     assert main([*argv[:-1], str(rejects)]) == 2
     assert f"the source {rejects} does not exist" in capsys.readouterr().err
+    assert main([*argv[:3], "--out", str(tmp_path / "sheet.png"), *argv[-2:]]) == 2
+    assert "--source is where the rejects of a page lie; give --html" in capsys.readouterr().err
     (out / "pack_stats.parquet").unlink()
     assert "no pictures: nothing says where the source was; give it by --source" in write(catalog)[1]
 
