@@ -30,7 +30,11 @@ _KNOWN_NAME = "known.json"
 
 
 class NothingNewError(Exception):
-    """All that the source holds is in the shards already."""
+    """All that the source holds is in the shards already. num_known: so many images."""
+
+    def __init__(self, num_known: int = 0) -> None:
+        super().__init__(num_known)
+        self.num_known = num_known
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Base:
             }
         }
 
+    @property
+    def indexes(self) -> list[Path]:
+        """The .parquet of every shard that is there."""
+        return [(self.out / file).with_suffix(".parquet") for file in self.catalog.files]
+
     def drop_known(self, plan: Plan, *, sizing: Sizing, memory: str) -> Plan:
         """The plan less the samples whose key is there, with the classes that are there numbered as there.
 
@@ -68,7 +77,7 @@ class Base:
         """
         from linerate.shards.plan_query import open_database
 
-        files = [os.fspath((self.out / file).with_suffix(".parquet")) for file in self.catalog.files]
+        files = [os.fspath(path) for path in self.indexes]
         planned = " UNION ALL ".join(
             f"SELECT file_row_number + {plan.first_sample_id(shard)} AS sample_id, {_PLAIN_KEY} AS key "
             f"FROM read_parquet({_quoted(rows_path(plan.folder, shard))}, file_row_number = true)"
@@ -91,10 +100,15 @@ class Base:
                 class_names=self.catalog.class_names,
             )
         if not left.num_samples:
-            raise NothingNewError
-        known = {"num_known": plan.num_samples - left.num_samples}
-        (plan.folder / _KNOWN_NAME).write_text(json.dumps(known), encoding="utf-8")
+            raise NothingNewError(plan.num_samples)
+        self.note(plan, num_known=plan.num_samples - left.num_samples)
         return left
+
+    def note(self, plan: Plan, **counts: int) -> None:
+        """Keep these beside the plan, for the record of the append."""
+        path = plan.folder / _KNOWN_NAME
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(before | counts), encoding="utf-8")
 
     def extend(
         self, header: dict[str, Any], shards: Any, rejects: Any, plan: Plan
@@ -112,7 +126,7 @@ class Base:
             "num_samples": header["num_samples"],
             "num_planned": header["num_planned"],
             "num_rejected": rejects.num_rows - old.num_rejected,
-            "num_known": known["num_known"],
+            **known,
             "filtered": header["filtered"],
             "options": {key: value for key, value in header["options"].items() if key != "append"},
         }

@@ -22,8 +22,9 @@ PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
 TRIES = 6
 BACKOFF_S = 0.5
-# A missing object is an error of the same type, and its path may hold the word.
-_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
+# A missing object is an error of the same type, and its path may hold the word. gcsfs says no more than what
+# was asked: the list of the bucket's objects.
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|^b/[^/]+/o$", re.IGNORECASE)
 # A part is long for a slow line.
 _TIMEOUT_S = 60.0
 T = TypeVar("T")

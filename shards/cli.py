@@ -117,6 +117,8 @@ def main_pack(argv: list[str]) -> int:
     if is_remote(out):
         _show_remote(out, catalog, bars.num_packed, time.perf_counter() - started, json=args.json)
         return 0
+    if bars.num_known and not args.json:
+        Console().print(f"nothing new: the keys or the bytes of all {bars.num_known:,} images are there")
     _tell(catalog, args, num_packed=bars.num_packed, seconds=time.perf_counter() - started)
     return 0
 
@@ -198,15 +200,20 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
         return
     table = Table(title=f"{catalog.root}", title_justify="left", show_header=False, box=None)
     num_classes = len(overview.classes.keys() - {NO_CLASS})
-    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes")
+    unlabelled = overview.classes.get(NO_CLASS, 0) if num_classes else 0
+    without = f", {unlabelled:,} without a class" if unlabelled else ""
+    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes{without}")
     table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
     if catalog.appends:
         last = catalog.appends[-1]
+        known = f", the bytes of {last['num_known_bytes']:,}" if last.get("num_known_bytes") else ""
         table.add_row(
             "appended",
             f"{len(catalog.appends)} times; last {last['num_samples']:,} samples in {last['num_shards']} "
-            f"shards, {last['num_known']:,} were there",
+            f"shards; the keys of {last['num_known']:,}{known} were there",
         )
+        if unlike := last.get("num_incomparable"):
+            table.add_row("", f"{unlike:,} there were written anew when packed: their equals are not found")
     table.add_row("bytes", show_bytes(overview.num_bytes))
     changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
     if changed:
@@ -272,6 +279,7 @@ class PackProgress:
     def __init__(self) -> None:
         self.num_packed = 0
         self._fetching = False
+        self.num_known = 0
         self._stack = contextlib.ExitStack()
         self._advance: Callable[[float], None] | None = None
 
@@ -302,6 +310,9 @@ class PackProgress:
             self._advance = self._stack.enter_context(
                 terminal.progress("listing the source", total=None, unit="files")
             )
+        if stage == "known":
+            self.num_known = int(amount)
+            return
         if stage == "pack":
             self.num_packed += int(amount)
         if self._advance:

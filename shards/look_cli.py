@@ -91,7 +91,8 @@ class InspectArgs(LookArgs):
 class PreviewArgs(LookArgs):
     """Draw a contact sheet of random samples, or write a page of thumbnails by class, hashtag, shard or size.
 
-    The page is one HTML file that loads nothing; what was rejected stands at its end, with the reasons.
+    The page is one HTML file that loads nothing. What was rejected stands at its end with the reasons, and
+    with a picture where the source is still there and some decoder makes anything of the file.
     """
 
     out: Path | None = None
@@ -108,6 +109,8 @@ class PreviewArgs(LookArgs):
     """Of --html: at most so many samples in a group."""
     seed: int = 0
     """Another seed shows other samples."""
+    source: tuple[Path, ...] = ()
+    """Of --html: where the rejects lie, as it was given to `pack`; by default where it lay then."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -222,6 +225,8 @@ def main_preview(argv: list[str]) -> int:
 
     if args.out is None and args.html is None:
         raise UserError("nothing to write: give --out sheet.png, --html page.html, or both")
+    if args.source and args.html is None:
+        raise UserError("--source is where the rejects of a page lie; give --html page.html, or leave it out")
     with look_at(args.shards, staging=args.staging) as look:
         sheet = _write_sheet(look.catalog, args.out, args) if args.out else {}
         if args.html:
@@ -255,10 +260,13 @@ def _write_page(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any
             per_group=args.per,
             num_groups=args.groups,
             seed=args.seed,
+            source=args.source,
             on_cells=advance,
         )
     if not args.json:
         broken = f", {report.num_broken} of them do not decode" if report.num_broken else ""
+        if report.num_rejects_drawn:
+            broken += f", {report.num_rejects_drawn} rejects"
         Console().print(
             f"{report.out}: {report.num:,} images in {len(report.groups)} of {report.num_groups:,} groups"
             f"{broken}, {show_bytes(report.num_bytes)}",

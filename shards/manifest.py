@@ -32,11 +32,10 @@ from linerate.shards.manifest_sql import (
 )
 from linerate.shards.options import ManifestColumns
 from linerate.shards.remote_url import show_url
-from linerate.shards.scan import Listing, RejectWriter, mixed_labels
+from linerate.shards.scan import MAX_CLASSES, Listing, RejectWriter, mixed_labels
 from linerate.shards.sources import Source, open_source
 
 MANIFEST_NAME = "manifest.parquet"
-MAX_CLASSES = 1_000_000
 
 _PARQUET = (".parquet", ".parq", ".pq")
 _TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")

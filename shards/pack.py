@@ -21,6 +21,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.finish import finish
 from linerate.shards.imagenet import LabelledSource, load_ground_truth
+from linerate.shards.label_field import FieldLabelledSource
 from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.out_folder import (
@@ -45,7 +46,8 @@ from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
 """Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); before
-these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since)."""
+these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since); and with
+("known", samples) where an append finds nothing new."""
 
 
 def pack(
@@ -99,14 +101,18 @@ def open_labelled(
     ground_truth: Path | None = None,
     fetch: FetchOptions | None = None,
 ) -> Source | ManifestSource:
-    """The source that these paths make, with the classes of a ground truth where one is given."""
+    """The source that these paths make, with the classes of a ground truth or a field where one is given."""
     opened = open_any_source(paths, columns=options.manifest_columns, fetch=fetch)
     if ground_truth is None:
-        return opened
+        if options.label_column is None or isinstance(opened, ManifestSource):
+            return opened
+        return FieldLabelledSource(opened, options.label_column)
     if isinstance(opened, ManifestSource):
         raise UserError(
             "--ground-truth labels folders and tars; a manifest has a column for it: --label-column"
         )
+    if options.label_column is not None:
+        raise UserError("--ground-truth and --label-column both tell the classes; give one of them")
     return LabelledSource(opened, load_ground_truth(ground_truth))
 
 
@@ -155,7 +161,8 @@ def _pack_folder(
     with lock_folder(out):
         try:
             return _pack_locked(opened, out, options, effort, append=append)
-        except NothingNewError:
+        except NothingNewError as nothing:
+            effort.on_progress("known", nothing.num_known)
             remove_work(out)
             return Catalog.load(out)
         finally:
@@ -335,9 +342,11 @@ def _plan(
         if stored := _deduplicated_before(plan, out, base, effort):
             shutil.rmtree(fresh)
             return stored
-        plan = drop_equal_images(
+        listed = plan
+        plan, equal = drop_equal_images(
             plan,
             work / "hashes",
+            known=base.indexes if base else (),
             sizing=options.sizing,
             num_workers=effort.num_workers,
             engine=effort.engine,
@@ -346,6 +355,10 @@ def _plan(
             fetch=effort.fetch,
             on_progress=lambda images: effort.on_progress("list", images),
         )
+        if base:
+            base.note(plan, num_known_bytes=equal.num_known, num_incomparable=equal.num_incomparable)
+            if not plan.num_samples:
+                raise NothingNewError(listed.num_samples)
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "

@@ -285,3 +285,13 @@ def test_the_command_tells_what_lies_there(
 def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> None:
     with pytest.raises(UserError, match="--engine ray with OUT s3://shards/in1k needs --staging"):
         pack(photo_folder, "s3://shards/in1k", engine=Engine(kind="ray"))
+
+
+def test_a_missing_bucket_of_google_is_told_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(path: str, detail: bool) -> None:
+        raise FileNotFoundError("b/absent/o")
+
+    bucket = Bucket("s3://absent/x")
+    monkeypatch.setattr(bucket._store, "find", find)
+    with pytest.raises(UserError, match="s3://absent/x: b/absent/o; make the bucket first"):
+        bucket.sizes()
