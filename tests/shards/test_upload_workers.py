@@ -178,7 +178,7 @@ def test_a_writer_elsewhere_is_told_by_its_claim(
         patch.setattr(claims.time, "sleep", renewed)
         with pytest.raises(ClaimedError, match="process 1 on elsewhere"), claim(bucket, PACKS_ALL):
             pass
-    assert "up to 100 s show whether process 1 on elsewhere still writes to s3://shards/out" in caplog.text
+    assert "waiting up to 100 s to see whether process 1 on elsewhere still writes to" in caplog.text
     monkeypatch.setattr(claims, "STALE_S", 0.0)
     with claim(bucket, PACKS_ALL):
         assert name not in bucket.details(CLAIMS_NAME)
