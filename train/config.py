@@ -336,16 +336,19 @@ class TrainConfig:
         return math.log1p(num)
 
     def idle_fields(self) -> list[str]:
-        """The fields that do nothing under this dictionary, with why, one line for each reason."""
+        """The fields that do nothing under a dictionary other than the queue, by reason, one line each.
+
+        Under the queue those of the memory bank, where they were changed.
+        """
         kind, told = self.dictionary.dictionary, []
         if kind == "end-to-end":
-            told.append("num_keys: the keys are the global batch")
-        if kind != "queue":
-            told.append("ema_momentum, queue_dtype: only the queue has a momentum encoder")
+            told.append("num_keys: the keys are those of the global batch")
         if kind == "memory-bank":
-            told.append("shuffle, shuffle_block: the keys come from past batches, none is encoded")
-        else:
-            told.append("bank_loss, bank_momentum: there is no memory bank")
+            told.append("shuffle, shuffle_block: no key is encoded, all come from past batches")
+        elif self.dictionary.bank_momentum != Dictionary.bank_momentum:
+            told.append("bank_momentum: there is no memory bank")
+        if kind != "queue":
+            told.append("ema_momentum, queue_dtype: there is no queue with its momentum encoder")
         return told
 
     @property

@@ -141,7 +141,8 @@ def _open_run(
         start_trackers(accelerator, config)
     trained_on = TrainedOn.of(catalog)
     run = _Run(config, folder, accelerator, loader, learner, monitor, on_event, trained_on=trained_on)
-    run.begin(checkpoint, notes=[*notes, *([reason] if reason else [])])
+    idle = [f"does nothing here: {fields}" for fields in config.idle_fields()]
+    run.begin(checkpoint, notes=[*notes, *idle, *([reason] if reason else [])])
     return run
 
 
