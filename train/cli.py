@@ -126,12 +126,18 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_run(config, num_images=num_images, world_size=world_size)
-    memory = estimate_memory(config, rank_batch=plan.rank_batch)
+    memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=num_images)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
 
-        result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)}
+        result = {
+            "plan": dataclasses.asdict(plan),
+            "memory_bytes": memory,
+            "chance_loss": config.chance_loss,
+            "idle_fields": config.idle_fields(),
+            "config": to_plain(config),
+        }
         emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
@@ -140,6 +146,8 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
         table.add_row("shard cache", f"{need} at a time on this machine, --cache-bytes {budget}")
+    for line in config.idle_fields():
+        table.add_row("does nothing here", line)
     Console().print(table)
     return 0
 

@@ -7,6 +7,7 @@ Field names are unique over the whole tree, so that each is one flag: `--lr`, `-
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,13 +74,32 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """The queue of keys."""
+    """The keys that queries are contrasted with."""
 
+    dictionary: Literal["queue", "end-to-end", "memory-bank"] = "queue"
+    """queue: keys of past batches by a momentum encoder (MoCo); end-to-end: the batch itself, the gradient
+    flows through the keys; memory-bank: one representation per sample, K drawn a step (InstDisc)."""
     num_keys: int = 65536
-    """K: keys in the queue; any number, it need not be a multiple of the batch."""
+    """K: keys in the queue, or drawn from the bank; any number, it need not be a multiple of the batch."""
+    queue_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the queue stores; bf16 halves its memory and its reading."""
+    bank_loss: Literal["infonce", "nce"] = "infonce"
+    """The memory bank's loss; nce is InstDisc's, with Z estimated once from the first batch."""
+    bank_momentum: float = 0.5
+    """v <- normalize(momentum v + (1 - momentum) q): the memory bank's, on the sample's representation."""
 
     def __post_init__(self) -> None:
         _at_least("num_keys", self.num_keys, 1)
+        if not 0 <= self.bank_momentum < 1:
+            raise UserError(
+                f"bank_momentum={self.bank_momentum} must be in [0, 1): at 1 the bank never learns; "
+                "InstDisc's is 0.5"
+            )
+        if self.bank_loss == "nce" and self.dictionary != "memory-bank":
+            raise UserError(
+                f"bank_loss=nce is a loss of the memory bank, not of dictionary={self.dictionary}; "
+                "give --dictionary memory-bank, or --bank-loss infonce"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +108,8 @@ class Loss:
 
     temperature: float = 0.07
     """tau: the logits are divided by it."""
+    symmetric: bool = False
+    """Whether both views are queries and keys of each other, the loss being the mean of the two."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -176,12 +198,15 @@ class Speed:
     """Whether activations lie NHWC in memory."""
     compile: bool = False
     """Whether torch.compile works on the encoders."""
+    micro_batch: int | None = None
+    """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
     loader_threads: int | None = None
     """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
     prefetch: int = 2
     """Batches that the loader prepares ahead."""
 
     def __post_init__(self) -> None:
+        _at_least("micro_batch", self.micro_batch, 1)
         _at_least("loader_threads", self.loader_threads, 1)
         _at_least("prefetch", self.prefetch, 1)
 
@@ -267,6 +292,64 @@ class TrainConfig:
         if self.num_lanes is not None:
             _at_least("num_lanes", self.num_lanes, 1)
             _divides("num_lanes", self.num_lanes, "global_batch", batch)
+        if self.loss.symmetric and self.dictionary.dictionary == "memory-bank":
+            raise UserError(
+                "symmetric=True needs keys of both views, and a memory bank encodes none; "
+                "give --no-symmetric, or another --dictionary"
+            )
+        self._check_micro_batch()
+
+    def _check_micro_batch(self) -> None:
+        size, group, about = self.speed.micro_batch, self.bn.bn_group, self.dictionary
+        if size is None:
+            return
+        if size % group:
+            below, above = size // group * group, -(-size // group) * group
+            raise UserError(
+                f"micro_batch={size} is no multiple of bn_group={group}: a group's statistics need all its "
+                f"images at once; the nearest that are: {', '.join(str(n) for n in (below, above) if n)}"
+            )
+        if about.dictionary == "end-to-end" or about.bank_loss == "nce":
+            why = (
+                "the gradient goes through all keys of a batch"
+                if about.bank_loss != "nce"
+                else ("Z is estimated from all of the first batch")
+            )
+            raise UserError(
+                f"micro_batch={size} cannot give the result of one batch here: {why}; leave it out, or take "
+                "a smaller --global-batch, more ranks, or --dictionary queue"
+            )
+
+    @property
+    def num_negatives(self) -> int:
+        """Negatives of a query: K of the queue and the memory bank, B - 1 of end-to-end."""
+        if self.dictionary.dictionary == "end-to-end":
+            return self.optim.global_batch - 1
+        return self.dictionary.num_keys
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss in nats where no key is told from another: ln(K + 1), of NCE about 1 more."""
+        num = self.num_negatives
+        if self.dictionary.bank_loss == "nce":
+            return math.log1p(num) + num * math.log1p(1 / num)
+        return math.log1p(num)
+
+    def idle_fields(self) -> list[str]:
+        """The fields that do nothing under a dictionary other than the queue, by reason, one line each.
+
+        Under the queue those of the memory bank, where they were changed.
+        """
+        kind, told = self.dictionary.dictionary, []
+        if kind == "end-to-end":
+            told.append("num_keys: the keys are those of the global batch")
+        if kind == "memory-bank":
+            told.append("shuffle, shuffle_block: no key is encoded, all come from past batches")
+        elif self.dictionary.bank_momentum != Dictionary.bank_momentum:
+            told.append("bank_momentum: there is no memory bank")
+        if kind != "queue":
+            told.append("ema_momentum, queue_dtype: there is no queue with its momentum encoder")
+        return told
 
     @property
     def shuffle_block(self) -> int:
@@ -282,7 +365,10 @@ class TrainConfig:
         """B / W. Raises UserError, with the nearest W that fit, where W ranks cannot share the batch."""
         fits = [w for w in range(1, self.optim.global_batch + 1) if self._fits(w)]
         if world_size in fits:
-            return self.optim.global_batch // world_size
+            rank_batch = self.optim.global_batch // world_size
+            if self.speed.micro_batch is not None:
+                _divides("micro_batch", self.speed.micro_batch, "the batch of a rank", rank_batch)
+            return rank_batch
         below = [w for w in fits if w < world_size][-1:]
         above = [w for w in fits if w > world_size][:1]
         raise UserError(

@@ -41,7 +41,7 @@ def plain_line(event: Event) -> str:
     if kind == "start":
         return (
             f"{event['total_steps']:,} steps, {event['steps_per_epoch']:,} an epoch; "
-            f"chance ln(K+1) = {event['chance_loss']:.3f}; {event['device']}"
+            f"chance {event['chance_loss']:.3f}; {event['device']}"
         )
     if kind == "step":
         return (
@@ -109,6 +109,9 @@ class RunPanel:
             rows.add_row("pretext", f"top-1 {percent(step['pretext_top1'])}", _top5(step))
             rows.add_row("speed", f"{step['images_per_s']:,.0f} images/s", _wait(step))
             rows.add_row("rate", f"lr {step['lr']:.3g}", f"epoch {step['epoch'] + 1:,}")
+            if "queue_fill" in step:
+                age = f"oldest key {step['queue_age_steps']:,.0f} steps old"
+                rows.add_row("queue", f"{percent(step['queue_fill'])} filled", age)
             if _replaced(step):
                 rows.add_row("damage", _replaced(step).strip(), "see bad_samples-rank*.jsonl")
         if self.knn:

@@ -15,22 +15,36 @@ from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
+from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
 from linerate.train.launch import quiet_ddp
+from linerate.train.memory_bank import MemoryBank
+from linerate.train.negatives import KeyDictionary
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
 
 
-def build_moco(config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> MoCo:
-    """Both encoders and the queue as the seed draws them: the same on every rank."""
+def build_moco(
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_samples: int | None = None,
+    device: torch.device | str = "cpu",
+) -> MoCo:
+    """Both encoders and the dictionary as the seed draws them: the same on every rank, on the CPU.
+
+    num_samples, device: what a memory bank has rows for, and where they lie at once.
+    """
     torch.manual_seed(config.seed)
     model, bn = config.model, config.bn
     encoder = build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem)
     encoder.require_size(config.views.size)
     return MoCo(
         encoder,
-        KeyQueue(config.dictionary.num_keys, model.dim),
+        _build_dictionary(config, rank=rank, world_size=world_size, num_samples=num_samples, device=device),
         temperature=config.loss.temperature,
+        symmetric=config.loss.symmetric,
         ema_momentum=model.ema_momentum,
         bn_group=bn.bn_group,
         shuffle=KeyShuffle(
@@ -39,12 +53,47 @@ def build_moco(config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> Mo
     )
 
 
+def _build_dictionary(
+    config: TrainConfig, *, rank: int, world_size: int, num_samples: int | None, device: torch.device | str
+) -> KeyDictionary:
+    about, dim = config.dictionary, config.model.dim
+    if about.dictionary == "queue":
+        return KeyQueue(about.num_keys, dim, dtype=_QUEUE_DTYPES[about.queue_dtype])
+    if about.dictionary == "end-to-end":
+        return InBatch()
+    if num_samples is None:
+        raise ValueError("a memory bank has a row for every sample; say how many there are")
+    return MemoryBank(
+        num_samples,
+        about.num_keys,
+        dim,
+        momentum=about.bank_momentum,
+        loss=about.bank_loss,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+_QUEUE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 class Learner:
     """What learns on this rank. Between two calls of read_metrics nothing makes the host wait."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, *, num_samples: int | None = None
+    ) -> None:
+        """num_samples: samples in the data set, which a memory bank must know."""
         self.config, self.accelerator = config, accelerator
-        moco = build_moco(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        moco = build_moco(
+            config,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_samples=num_samples,
+            device=accelerator.device,
+        )
         self.moco = moco.to(accelerator.device, channels_last=config.speed.channels_last)
         optim = config.optim
         sgd = torch.optim.SGD(
@@ -73,6 +122,8 @@ class Learner:
             batch.key,
             self.optimizer,
             step=step,
+            position=batch.position,
+            micro_batch=self.config.speed.micro_batch,
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,
         )
@@ -82,15 +133,18 @@ class Learner:
     def read_metrics(self, *, stop: bool, replaced: int = 0) -> tuple[dict[str, float], bool]:
         """Means over the steps since the last call and over all ranks, and whether any rank was told to stop.
 
-        replaced: samples that this rank has replaced; comes back as the sum over the ranks.
-
+        replaced: samples that this rank has replaced; comes back as the sum over the ranks. With them comes
+        what the dictionary tells of itself.
         The one place where the host waits for the device; all ranks call it after the same step.
         """
         own = torch.tensor([float(stop), float(replaced)], device=self._sums.device)
-        means = self.accelerator.reduce(torch.cat((self._sums / self._num_summed, own)), "mean").tolist()
+        stats = self.moco.dictionary.stats()
+        told = torch.cat((self._sums / self._num_summed, own, *(value[None] for value in stats.values())))
+        means = self.accelerator.reduce(told, "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0
         found = dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False))
+        found |= dict(zip(stats, means[5:], strict=True))
         return found | {"replaced": round(means[4] * self.accelerator.num_processes)}, means[3] > 0
 
     @torch.no_grad()
@@ -100,7 +154,7 @@ class Learner:
             return
         buffers = [
             buffer
-            for encoder in (self.moco.query_encoder, self.moco.key_encoder)
+            for encoder in {self.moco.query_encoder: None, self.moco.key_encoder: None}
             for module in bn_modules(encoder)
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
@@ -130,13 +184,16 @@ class Learner:
         The host waits for the device; all ranks call it after the same step.
         """
         found = torch.isfinite(self._sums).all()
-        for tensor in self.moco.state_dict().values():
+        for tensor in self.moco.own_state().values():
             if tensor.is_floating_point():
                 found &= torch.isfinite(tensor).all()
         return bool(self.accelerator.reduce(found.float(), "mean").item() == 1.0)
 
     def checkpoint(self, *, step: int, epoch: int, trained_on: TrainedOn) -> Checkpoint:
-        """Everything that `restore` needs; tensors are the live ones, so write it before the next step."""
+        """Everything that `restore` needs; tensors are the live ones, so write it before the next step.
+
+        Every rank calls it, the one of rank 0 is complete: a memory bank lies on all of them.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.config import TrainConfig
 
 
 def model_card(
@@ -35,8 +36,8 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ("encoder", f"{model.encoder}, stem {model.stem}, {num_parameters:,} parameters without the head"),
         ("recipe", f"{config.recipe}, seed {config.seed}"),
         ("views", f"augmentation {views.augmentation}, {views.size} pixels"),
-        ("dictionary", f"queue of K = {config.dictionary.num_keys:,} keys, m = {model.ema_momentum}"),
-        ("loss", f"InfoNCE, temperature {config.loss.temperature}"),
+        ("dictionary", _dictionary(config)),
+        ("loss", _loss(config)),
         ("head", f"{model.head}, to {model.dim} dimensions (not in the file unless it is safetensors)"),
         (
             "optimizer",
@@ -46,6 +47,20 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ("checkpoint", trained.path.name),
         ("versions", ", ".join(f"{name} {version(name)}" for name in ("linerate", "torch", "timm"))),
     ]
+
+
+def _dictionary(config: TrainConfig) -> str:
+    kind, num_keys = config.dictionary.dictionary, config.num_negatives
+    if kind == "queue":
+        return f"queue of K = {num_keys:,} keys, m = {config.model.ema_momentum}"
+    if kind == "end-to-end":
+        return f"end-to-end, the {num_keys:,} other images of the batch are the negatives"
+    return f"memory bank, K = {num_keys:,} draws, momentum {config.dictionary.bank_momentum}"
+
+
+def _loss(config: TrainConfig) -> str:
+    name = "NCE" if config.dictionary.bank_loss == "nce" else "InfoNCE"
+    return f"{name}, temperature {config.loss.temperature}{', symmetric' if config.loss.symmetric else ''}"
 
 
 def _usage(trained: TrainedEncoder, *, target: str, file_name: str) -> str:

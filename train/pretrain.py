@@ -131,7 +131,7 @@ def _open_run(
         bad_share=config.watch.bad_share,
         on_bad=folder.bad_sample_log(rank=accelerator.process_index),
     )
-    learner = Learner(config, accelerator)
+    learner = Learner(config, accelerator, num_samples=catalog.num_samples)
     if checkpoint is not None:
         learner.restore(checkpoint)
     # Every rank has looked at the folder before rank 0 writes into it.
@@ -141,7 +141,8 @@ def _open_run(
         start_trackers(accelerator, config)
     trained_on = TrainedOn.of(catalog)
     run = _Run(config, folder, accelerator, loader, learner, monitor, on_event, trained_on=trained_on)
-    run.begin(checkpoint, notes=[*notes, *([reason] if reason else [])])
+    idle = [f"does nothing here: {fields}" for fields in config.idle_fields()]
+    run.begin(checkpoint, notes=[*notes, *idle, *([reason] if reason else [])])
     return run
 
 
@@ -188,7 +189,7 @@ class _Run:
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             num_dropped=self.loader.num_dropped,
-            chance_loss=math.log(self.config.dictionary.num_keys + 1),
+            chance_loss=self.config.chance_loss,
             world_size=self.accelerator.num_processes,
             device=describe_device(self.accelerator, self.config.speed),
         )
@@ -295,9 +296,9 @@ class _Run:
             # The log reads the loss at steps of its own: a NaN may not push out the last good checkpoint.
             if not self.learner.is_finite():
                 raise self._diverged("the loss or a weight is not finite")
+            epoch = self.step // self.steps_per_epoch
+            checkpoint = self.learner.checkpoint(step=self.step, epoch=epoch, trained_on=self.trained_on)
             if self.accelerator.is_main_process:
-                epoch = self.step // self.steps_per_epoch
-                checkpoint = self.learner.checkpoint(step=self.step, epoch=epoch, trained_on=self.trained_on)
                 keep = self.config.watch.keep_checkpoints
                 save_checkpoint(self.folder.checkpoints, checkpoint, keep=keep)
             self.saved_step = self.step

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import fsspec
@@ -66,6 +67,30 @@ def test_a_dry_run_tells_the_plan_as_json(capsys: pytest.CaptureFixture[str]) ->
     assert told["plan"]["lr_last"] == pytest.approx(0.01621, abs=5e-6)
     assert told["memory_bytes"]["queue"] == 65536 * 128 * 4
     assert told["config"]["recipe"] == "ig1b-v1"
+
+
+def test_a_dry_run_tells_what_a_dictionary_takes_and_which_fields_it_ignores(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "ig1b-v1", "--dictionary", "memory-bank", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["memory_bytes"]["memory bank"] == (940_000_000 + 1) * 128 * 4
+    assert told["chance_loss"] == pytest.approx(math.log(65537))
+    assert main(["train", "in1m-v1", "--dictionary", "end-to-end", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["chance_loss"] == pytest.approx(math.log(256))
+    assert told["idle_fields"][0].startswith("num_keys: ")
+    assert main(["train", "in1m-v1-end-to-end", "--dry-run"]) == 0
+    assert "does nothing here" in capsys.readouterr().out
+
+
+def test_flags_choose_dictionary_loss_and_micro_batch() -> None:
+    words = "--dictionary memory-bank --bank-loss infonce --bank-momentum 0.4 --micro-batch 128"
+    _, config = parse_train(["cifar10", *words.split()])
+    assert (config.dictionary.dictionary, config.dictionary.bank_momentum) == ("memory-bank", 0.4)
+    assert config.speed.micro_batch == 128
+    _, config = parse_train(["cifar10", "--symmetric", "--queue-dtype", "bf16"])
+    assert (config.loss.symmetric, config.dictionary.queue_dtype) == (True, "bf16")
 
 
 def test_a_dry_run_over_shards_counts_them(shards: Catalog, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,16 @@ def test_replaced_samples_are_told_where_there_are_any() -> None:
     assert "replaced 3" in console.export_text()
 
 
+def test_the_panel_tells_how_far_the_queue_is_filled_and_how_old_it_is() -> None:
+    panel, console = RunPanel("x"), Console(file=io.StringIO(), width=80, record=True)
+    for event in (START, {**STEP, "queue_fill": 0.5, "queue_age_steps": 1234.0}):
+        panel.take(event)
+    console.print(panel)
+    text = console.export_text()
+    assert "50.0% filled" in text
+    assert "oldest key 1,234 steps old" in text
+
+
 def test_off_a_terminal_every_event_is_one_line() -> None:
     out = io.StringIO()
     with show_run("in1m-v1", console=Console(file=out, width=40)) as on_event:

@@ -20,7 +20,7 @@ from linerate.shards.errors import UserError
 from linerate.train import pretrain as pretrain_module
 from linerate.train import run_folder as run_folder_module
 from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_encoder, load_trained
-from linerate.train.config import Model, Optim, Schedule, Speed
+from linerate.train.config import Dictionary, Model, Optim, Schedule, Speed
 from linerate.train.learner import Learner
 from linerate.train.pretrain import Summary, pretrain
 from linerate.train.run_folder import RunFolder
@@ -106,6 +106,25 @@ def test_a_run_that_stops_and_continues_has_the_same_losses(
     second = pretrain(rest, shards=shards.root, run_dir=run, resume=True)
     assert second.finished
     assert _losses(run) == _losses(whole[0])
+
+
+def test_a_run_with_a_memory_bank_has_a_row_for_every_sample_and_continues(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    bank = dataclasses.replace(SMALL, dictionary=Dictionary(dictionary="memory-bank", num_keys=40))
+    events: list[Mapping[str, Any]] = []
+
+    def stop_at_six(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step" and event["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = pretrain(bank, shards=shards.root, run_dir=tmp_path / "run", on_event=stop_at_six)
+    assert load_checkpoint(Path(first.checkpoint)).moco["dictionary.bank"].shape == (72, 8)
+    assert any("does nothing here: shuffle" in event.get("text", "") for event in events)
+    assert pretrain(bank, shards=shards.root, run_dir=tmp_path / "run", resume=True).finished
+    pretrain(bank, shards=shards.root, run_dir=tmp_path / "whole")
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
 
 
 def test_a_finished_run_resumes_to_nothing(whole: tuple[Path, Summary, list[Any]], shards: Catalog) -> None:
