@@ -68,7 +68,7 @@ class Checkpoint:
     moco: dict[str, torch.Tensor]
     """Query encoder, key encoder, queue and pointer."""
     optimizer: dict[str, Any]
-    """SGD's buffers."""
+    """SGD's buffers; empty where the weights were imported: such a run is not continued."""
     rng: dict[str, torch.Tensor]
     """The states of torch's generators on the CPU and, where there was one, on the GPU."""
 
@@ -241,6 +241,11 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, catalog: Catal
 
     One that was written before the shards were kept in it passes.
     """
+    if not checkpoint.optimizer:
+        raise UserError(
+            f"{run_dir} was imported: it can be judged and exported, not continued, since the state of its "
+            "optimizer is not there; name another --run"
+        )
     before = checkpoint.trained_on
     if before is not None and not before.holds(catalog):
         raise UserError(

@@ -200,7 +200,7 @@ class ExportCommand:
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one checkpoint of it."""
-    to: Literal["torchvision", "timm", "safetensors"]
+    to: Literal["torchvision", "timm", "detectron2", "safetensors"]
     """The library: its names and its layout; safetensors keeps ours, with the head."""
     out: Path
     """File to write; its model card is beside it, OUT.md."""
@@ -209,7 +209,7 @@ class ExportCommand:
 
 
 def main_export(argv: list[str]) -> int:
-    """`linerate export RUN --to torchvision|timm|safetensors --out FILE`."""
+    """`linerate export RUN --to torchvision|timm|detectron2|safetensors --out FILE`."""
     command = parse_args(ExportCommand, argv, prog="linerate export")
 
     from linerate.train.checkpoint import load_trained

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.config import TrainConfig
+from linerate.train.detectron2_names import CONFIG_LINES, depth_of
 
 
 def model_card(
@@ -21,7 +22,7 @@ def model_card(
 
 Input: RGB in [0, 1], less the mean (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225).
 
-```python
+```{"yaml" if target == "detectron2" else "python"}
 {_usage(trained, target=target, file_name=file_name)}
 ```
 
@@ -67,6 +68,9 @@ def _usage(trained: TrainedEncoder, *, target: str, file_name: str) -> str:
     model = trained.config.model
     if target == "timm":
         return f'model = timm.create_model("{model.encoder}", num_classes=0, checkpoint_path="{file_name}")'
+    if target == "detectron2":
+        # The mean and the deviation are those of the encoder's entry, in grey levels.
+        return CONFIG_LINES.format(file_name=file_name, depth=depth_of(model.encoder)).rstrip()
     read = "safetensors.torch.load_file" if file_name.endswith(".safetensors") else "torch.load"
     if target == "torchvision":
         return (
