@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn"),
     "export": ("linerate.train.cli", "main_export", "write the encoder for torchvision, timm or safetensors"),
     "bench": ("linerate.bench.cli", "main", "measure throughput; compare two records"),
+    "anchors": ("linerate.train.anchors_cli", "main", "the published numbers, and which were run here"),
     "demo": (
         "linerate.bench.demo",
         "main",
