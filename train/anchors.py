@@ -210,7 +210,9 @@ def _coco() -> Iterator[Anchor]:
     for (network, initial), values in rows.items():
         for metric, value in zip(names, values, strict=True):
             yield _anchor(
-                "Table 5", f"COCO 2x, {network}, {initial}", metric, value, f"{PAPER}, 4.2", command=command
+                *("Table 5", f"COCO 2x, {network}, {initial}", metric, value, f"{PAPER}, 4.2"),
+                mark="transcribed",
+                command=command,
             )
     for metric, value in zip(names[:3], (38.5, 58.3, 41.6), strict=True):
         yield _anchor("1x", "COCO 1x, R50-C4, MoCo IN-1M", metric, value, PAPER, mark="memory")
