@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "a page of images with their nearest ones",
     ),
     "bench": ("linerate.bench.cli", "main", "measure throughput; compare two records"),
+    "anchors": ("linerate.train.anchors_cli", "main", "the published numbers, and which were run here"),
     "demo": (
         "linerate.bench.demo",
         "main",
