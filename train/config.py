@@ -176,6 +176,10 @@ class Speed:
     """Whether activations lie NHWC in memory."""
     compile: bool = False
     """Whether torch.compile works on the encoders."""
+    micro_batch: int | None = None
+    """Images that pass an encoder at once; None: all of a rank's."""
+    hw_decoder_load: float = 0.65
+    """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
     loader_threads: int | None = None
     """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
     prefetch: int = 2

@@ -73,6 +73,7 @@ class Learner:
             batch.key,
             self.optimizer,
             step=step,
+            micro_batch=self.config.speed.micro_batch,
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,
         )
