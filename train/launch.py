@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,12 +34,14 @@ def open_accelerator(config: TrainConfig, *, run_dir: Path) -> Iterator[Accelera
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if resolve_precision(config.speed) == "bf16" else "no",
+        mixed_precision=_precision_of_accelerate(config.speed),
         log_with=list(config.watch.trackers) or None,
         project_dir=str(run_dir),
         # By default every forward would send the queue and all BN statistics again.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if resolve_precision(config.speed) == "fp16" and accelerator.scaler is None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     config.rank_batch(accelerator.num_processes)
     try:
         yield accelerator
@@ -51,6 +54,23 @@ def resolve_precision(speed: Speed) -> str:
     if speed.precision != "auto":
         return speed.precision
     return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def _precision_of_accelerate(speed: Speed) -> str:
+    """accelerate knows fp16 on a GPU alone; on a CPU we scale and cast ourselves, as its twin."""
+    precision = resolve_precision(speed)
+    on_cpu = not torch.cuda.is_available()
+    return "no" if precision == "fp32" or (precision == "fp16" and on_cpu) else precision
+
+
+def open_autocast(
+    accelerator: Accelerator, speed: Speed
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What opens autocast to the run's precision."""
+    if resolve_precision(speed) == "fp16":
+        return partial(torch.autocast, accelerator.device.type, torch.float16)
+    opened: Callable[[], contextlib.AbstractContextManager[object]] = accelerator.autocast
+    return opened
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train.alarms import Vitals
 from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
 from linerate.train.key_queue import KeyQueue
-from linerate.train.launch import quiet_ddp
+from linerate.train.launch import open_autocast, quiet_ddp
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
 
@@ -44,6 +45,7 @@ class Learner:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
+        self._autocast = open_autocast(accelerator, config.speed)
         moco = build_moco(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.moco = moco.to(accelerator.device, channels_last=config.speed.channels_last)
         optim = config.optim
@@ -60,6 +62,7 @@ class Learner:
         if config.speed.compile:
             moco.query_forward = torch.compile(query_forward)
             moco.key_forward = torch.compile(moco.key_encoder)
+        self._vitals = Vitals(moco)
         self._sums = torch.zeros(3, device=accelerator.device)
         self._num_summed = 0
 
@@ -73,25 +76,27 @@ class Learner:
             batch.key,
             self.optimizer,
             step=step,
-            autocast=self.accelerator.autocast,
+            autocast=self._autocast,
             backward=self.accelerator.backward,
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1
 
-    def read_metrics(self, *, stop: bool, replaced: int = 0) -> tuple[dict[str, float], bool]:
-        """Means over the steps since the last call and over all ranks, and whether any rank was told to stop.
+    def read_metrics(self, *, replaced: int = 0) -> dict[str, float]:
+        """Means over the steps since the last call and over all ranks.
 
         replaced: samples that this rank has replaced; comes back as the sum over the ranks.
 
         The one place where the host waits for the device; all ranks call it after the same step.
         """
-        own = torch.tensor([float(stop), float(replaced)], device=self._sums.device)
-        means = self.accelerator.reduce(torch.cat((self._sums / self._num_summed, own)), "mean").tolist()
+        own = torch.tensor([float(replaced)], device=self._sums.device)
+        numbers = torch.cat((self._sums / self._num_summed, self._vitals.read(), own))
+        *means, replaced_mean = self.accelerator.reduce(numbers, "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0
-        found = dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False))
-        return found | {"replaced": round(means[4] * self.accelerator.num_processes)}, means[3] > 0
+        names = ("loss", "pretext_top1", "pretext_top5", *Vitals.NAMES)
+        found = dict(zip(names, means, strict=True))
+        return found | {"replaced": round(replaced_mean * self.accelerator.num_processes)}
 
     @torch.no_grad()
     def average_bn(self) -> None:
@@ -115,7 +120,7 @@ class Learner:
         encoder = self.moco.query_encoder.eval()
 
         def encode(images: Tensor) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 found: Tensor = encoder.features(images) if features == "backbone" else encoder(images)  # type: ignore[operator]
             return found
 
@@ -149,12 +154,15 @@ class Learner:
             moco=self.moco.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=rng,
+            scaler=scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's state. Raises UserError where it is of another model."""
         self.moco.load_state_dict(checkpoint.moco)
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.accelerator.scaler and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         torch.set_rng_state(checkpoint.rng["cpu"])
         if "cuda" in checkpoint.rng and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.accelerator.device)
