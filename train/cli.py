@@ -172,7 +172,7 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
     else:
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
         for name, value in result.items():
-            if value is not None:
+            if value not in (None, ()):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         Console().print(table)
     if summary.stopped_by is not None:

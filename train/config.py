@@ -216,7 +216,7 @@ class Watch:
     knn_features: Literal["backbone", "projection"] = "backbone"
     """What is compared: the pooled features, or the C-dimensional queries."""
     trackers: tuple[str, ...] = ()
-    """Accelerate's trackers besides log.jsonl, as `tensorboard`."""
+    """Accelerate's trackers besides log.jsonl: tensorboard, wandb, or both."""
     bad_share: float = 0.001
     """Share of an epoch's samples that a rank may replace by neighbours as damaged; 0: none."""
     alarm_steps: int = 1000

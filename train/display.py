@@ -30,7 +30,8 @@ def show_run(title: str, *, console: Console = stderr) -> Iterator[Callable[[Eve
         def on_event(event: Event) -> None:
             panel.take(event)
             if event["event"] in ("note", "checkpoint", "alarm"):
-                live.console.print(Text(plain_line(event)), overflow="fold")
+                style = "red" if event["event"] == "alarm" else ""
+                live.console.print(Text(plain_line(event), style=style), overflow="fold")
 
         yield on_event
 

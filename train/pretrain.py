@@ -27,7 +27,14 @@ from linerate.train.alarms import Alarm, Alarms
 from linerate.train.checkpoint import Checkpoint, TrainedOn, save_checkpoint
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.features import Encode
-from linerate.train.launch import describe_device, open_accelerator, start_trackers, with_lanes
+from linerate.train.launch import (
+    describe_device,
+    launch_note,
+    open_accelerator,
+    parent_command,
+    start_trackers,
+    with_lanes,
+)
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
@@ -155,11 +162,13 @@ def _open_run(
     # Every rank has looked at the folder before rank 0 writes into it.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.start(config, done_steps=checkpoint.step if checkpoint else 0)
-        start_trackers(accelerator, config)
+        done_steps = checkpoint.step if checkpoint else 0
+        folder.start(config, done_steps=done_steps)
+        start_trackers(accelerator, config, run_dir=folder.root, done_steps=done_steps)
+    alone = launch_note(accelerator.num_processes, command=parent_command())
     trained_on = TrainedOn.of(catalog)
     run = _Run(config, folder, accelerator, stop, loader, learner, monitor, on_event, trained_on=trained_on)
-    run.begin(checkpoint, notes=[*notes, *([reason] if reason else [])])
+    run.begin(checkpoint, notes=[*notes, *(note for note in (reason, alone) if note)])
     return run
 
 
@@ -228,8 +237,7 @@ class _Run:
         self.watch.restart()
         with self.watchdog:
             self._train()
-        if self.saved_step != self.step:
-            self._save()
+        self._save()
         self._emit("end", finished=self.step >= self.total_steps)
 
     def _train(self) -> None:
@@ -360,6 +368,9 @@ class _Run:
         return checked
 
     def _save(self) -> None:
+        """A checkpoint of the step just done, if there is none yet: every rank knows whether there is."""
+        if self.saved_step == self.step:
+            return
         with self.watch.paused(), self.watchdog.paused():
             self.learner.average_bn()
             # The log reads the loss at steps of its own: a NaN may not push out the last good checkpoint.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.train.small import SMALL, small
 
 from linerate.pipeline.loader import ViewLoader
@@ -273,16 +274,48 @@ def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path
     assert "no kNN after epoch 3: cannot read sample" in notes[-1]
 
 
-def test_the_log_goes_to_tensorboard_too(shards: Catalog, tmp_path: Path) -> None:
-    config = dataclasses.replace(
-        small(trackers=("tensorboard",)), schedule=Schedule(epochs=None, iterations=2)
+def _tracked(*trackers: str, iterations: int = 4) -> TrainConfig:
+    return dataclasses.replace(
+        small(trackers=trackers), schedule=Schedule(epochs=None, iterations=iterations)
     )
-    pretrain(config, shards=shards.root, run_dir=tmp_path)
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def _stop_at_two(event: Mapping[str, Any]) -> None:
+    if event["event"] == "step" and event["step"] == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_log_goes_to_tensorboard_too_and_a_resumed_run_goes_on_there(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    config = _tracked("tensorboard")
+    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
+    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [scalar.step for scalar in found.Scalars("loss")] == [1, 2, 3, 4]
+    assert [scalar.value for scalar in found.Scalars("loss")] == pytest.approx(_losses(tmp_path))
+    (parameters, *_) = (tmp_path / "tensorboard").glob("*/hparams.yml")
+    assert "optim.lr: 0.05" in parameters.read_text()
+
+
+def test_the_log_goes_to_wandb_too_and_a_resumed_run_goes_on_there(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: its tracker stays untested")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = _tracked("tensorboard", "wandb")
+    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
+    identity = (tmp_path / "wandb-id.txt").read_text().strip()
+    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    assert (tmp_path / "wandb-id.txt").read_text().strip() == identity
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
+    assert len({path.parent for path in runs}) == 2
+    assert sum(b"pretext_top1" in path.read_bytes() for path in runs) == 2
 
 
 def test_a_tracker_that_is_not_there_is_refused(shards: Catalog, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are tensorboard"):
+    with pytest.raises(UserError, match="there are tensorboard, wandb"):
         pretrain(small(trackers=("tensorbord",)), shards=shards.root, run_dir=tmp_path)
 
 
