@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.train.small import SMALL, small
 
 from linerate.shards.catalog import Catalog
-from linerate.train.checkpoint import list_checkpoints
+from linerate.train.checkpoint import list_checkpoints, load_newest
 from linerate.train.pretrain import pretrain
 from linerate.train.run_folder import RunFolder
 
@@ -72,6 +73,16 @@ def _require_same_losses(run: Path, alone: Path) -> None:
     assert _losses(run) == pytest.approx(means, rel=LOSS_BOUND)
 
 
+def _require_same_state(run: Path, alone: Path) -> None:
+    """BN statistics, too: each rank has seen its own share, the checkpoint holds the mean."""
+    many, one = (load_newest(path / "checkpoints") for path in (run, alone))
+    assert many is not None
+    assert one is not None
+    assert many[0].moco.keys() == one[0].moco.keys()
+    for name, tensor in many[0].moco.items():
+        assert torch.allclose(tensor, one[0].moco[name], rtol=1e-3, atol=1e-3), name
+
+
 def _require_few_collectives(calls: list[list[str]]) -> None:
     """Of every step, with whatever is due after it: the images, the keys, and whether to go on."""
     assert len(calls) == 11
@@ -89,6 +100,7 @@ def test_two_ranks_have_the_losses_of_one_by_three_collectives_a_step(
 ) -> None:
     out, ranks = two
     _require_same_losses(out / "whole", alone)
+    _require_same_state(out / "whole", alone)
     for rank in ranks:
         assert (rank["whole"]["world_size"], rank["whole"]["step"]) == (2, 12)
         _require_few_collectives(rank["whole"]["calls"])
@@ -99,6 +111,7 @@ def test_four_ranks_have_the_losses_of_one_by_three_collectives_a_step(
 ) -> None:
     _torchrun(4, str(shards.root), str(tmp_path), "whole")
     _require_same_losses(tmp_path / "whole", alone)
+    _require_same_state(tmp_path / "whole", alone)
     for rank in range(4):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())["whole"]
         assert (found["world_size"], found["step"]) == (4, 12)
