@@ -22,6 +22,7 @@ from linerate.train.stop import StopRequest
 RELAY_S = 0.5
 # A rank that gets no batch is the watchdog's business; this only has to be longer than any limit there.
 PATIENCE = timedelta(days=7)
+STORE_LIMIT = timedelta(seconds=10)
 
 _runs = itertools.count()
 
@@ -77,7 +78,7 @@ def _relay(stop: StopRequest, name: str, done: threading.Event) -> None:
     # Its end, as of the rank that holds it, is not ours to report: the collectives will.
     with contextlib.suppress(RuntimeError, OSError):
         address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, wait_for_workers=False)
+        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=STORE_LIMIT)
         while not done.wait(RELAY_S):
             if (heard := stop.heard()) is not None:
                 store.set(name, str(int(heard)))
