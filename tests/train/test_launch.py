@@ -150,14 +150,15 @@ def test_accelerate_launch_runs_the_command_and_one_process_for_two_is_told(
     shards: Catalog, tmp_path: Path
 ) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    done = _run(_command(shards, tmp_path / "run", "--iterations", "4", "--json"), launcher=launcher)
+    flags = ("--backend", "torch", "--iterations", "4", "--json")
+    done = _run(_command(shards, tmp_path / "run", *flags), launcher=launcher)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["step"], summary["finished"], summary["world_size"]) == (4, True, 1)
     assert load_checkpoint(Path(summary["checkpoint"])).step == 4
     (note,) = [line["text"] for line in RunFolder(tmp_path / "run").load_log("note")]
     assert note.startswith("accelerate launch was asked for 2 processes and started one")
-    assert main_train(_command(shards, tmp_path / "alone", "--iterations", "4")) == 0
+    assert main_train(_command(shards, tmp_path / "alone", *flags)) == 0
     assert _losses(tmp_path / "run") == _losses(tmp_path / "alone")
 
 
