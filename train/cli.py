@@ -173,7 +173,8 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
         for name, value in result.items():
             if value not in (None, ()):
-                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+                told = ", ".join(value) if isinstance(value, tuple) else value
+                table.add_row(name, f"{told:.4g}" if isinstance(told, float) else str(told))
         Console().print(table)
     if summary.stopped_by is not None:
         show = f"stopped by {summary.stopped_by} after step {summary.step:,}; --resume continues"
