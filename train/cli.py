@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,6 +30,7 @@ from linerate.train.evaluate.cli import main_knn
 from linerate.train.plan import plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
+from linerate.train.stop import exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,14 +221,14 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
     else:
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
         for name, value in result.items():
-            if value is not None:
-                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            if value not in (None, ()):
+                told = ", ".join(value) if isinstance(value, tuple) else value
+                table.add_row(name, f"{told:.4g}" if isinstance(told, float) else str(told))
         Console().print(table)
     if summary.stopped_by is not None:
         show = f"stopped by {summary.stopped_by} after step {summary.step:,}; --resume continues"
         Console(stderr=True).print(show, highlight=False)
-    # A preempted job (SIGTERM) is not a failed one: its scheduler starts it again.
-    return 130 if summary.stopped_by == "SIGINT" else 0
+    return exit_code(signal.Signals[summary.stopped_by]) if summary.stopped_by else 0
 
 
 def main_eval(argv: list[str]) -> int:

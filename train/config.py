@@ -192,8 +192,9 @@ class Schedule:
 class Speed:
     """Switches that may not change results beyond the bounds stated in the tests."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32. fp16
+    scales the loss, and the scaler makes the host wait for the device each step."""
     channels_last: bool = True
     """Whether activations lie NHWC in memory."""
     compile: bool = False
@@ -220,7 +221,9 @@ class Watch:
     checkpoint_steps: int = 1000
     """Iterations between two checkpoints; one more is written at the end and on a signal."""
     keep_checkpoints: int = 3
-    """Checkpoints that stay on the disk, newest first."""
+    """Checkpoints that stay on the disk, newest first, besides the milestones."""
+    milestone_epochs: int = 0
+    """Epochs between two checkpoints that stay for ever; 0: none do."""
     knn_epochs: int = 0
     """Epochs between two runs of the kNN monitor; 0: never."""
     knn_train: str | None = None
@@ -238,16 +241,42 @@ class Watch:
     knn_features: Literal["backbone", "projection"] = "backbone"
     """What is compared: the pooled features, or the C-dimensional queries."""
     trackers: tuple[str, ...] = ()
-    """Accelerate's trackers besides log.jsonl, as `tensorboard`."""
+    """Accelerate's trackers besides log.jsonl: tensorboard, wandb, or both."""
     bad_share: float = 0.001
     """Share of an epoch's samples that a rank may replace by neighbours as damaged; 0: none."""
+    alarm_steps: int = 1000
+    """Steps for which the loss must stay at chance, and before features may be judged, for an alarm."""
+    alarm_chance_share: float = 0.01
+    """A loss no further than this share from ln(K+1) is at chance."""
+    alarm_feature_std: float = 0.02
+    """The features' std over the batch below which they have collapsed; 1: spread evenly, 0: all the same."""
+    alarm_top1: float = 0.99
+    """Pretext accuracy above which a falling kNN means that BN gives the keys away."""
+    alarm_knn_fall: float = 0.01
+    """How far below its best kNN must lie to be falling."""
+    alarm_turnover: float = 0.5
+    """Share of the keys due to change that must have changed."""
+    alarm_data_wait: float = 0.1
+    """Share of the time that a run may wait for batches."""
     stall_seconds: float = 900.0
     """A rank that gets no batch for so long writes its stacks and ends with exit code 75; 0: it waits."""
 
     def __post_init__(self) -> None:
-        for name in ("log_steps", "checkpoint_steps", "keep_checkpoints", "knn_k", "knn_limit"):
+        shares = ("chance_share", "feature_std", "top1", "knn_fall", "turnover", "data_wait")
+        for name in (f"alarm_{share}" for share in shares):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} is no share; give one in [0, 1]")
+        for name in (
+            "log_steps",
+            "checkpoint_steps",
+            "keep_checkpoints",
+            "knn_k",
+            "knn_limit",
+            "alarm_steps",
+        ):
             _at_least(name, getattr(self, name), 1)
-        _at_least("knn_epochs", self.knn_epochs, 0)
+        for name in ("knn_epochs", "milestone_epochs"):
+            _at_least(name, getattr(self, name), 0)
         if not 0 <= self.bad_share < 1:
             raise UserError(f"bad_share={self.bad_share} is no share of the samples; give one in [0, 1)")
         if self.stall_seconds < 0:

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train.alarms import Vitals
 from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
 from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
-from linerate.train.launch import quiet_ddp
+from linerate.train.launch import open_autocast, quiet_ddp
 from linerate.train.memory_bank import MemoryBank
 from linerate.train.negatives import KeyDictionary
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
@@ -87,6 +88,7 @@ class Learner:
     ) -> None:
         """num_samples: samples in the data set, which a memory bank must know."""
         self.config, self.accelerator = config, accelerator
+        self._autocast = open_autocast(accelerator, config.speed)
         moco = build_moco(
             config,
             rank=accelerator.process_index,
@@ -109,6 +111,7 @@ class Learner:
         if config.speed.compile:
             moco.query_forward = torch.compile(query_forward)
             moco.key_forward = torch.compile(moco.key_encoder)
+        self._vitals = Vitals(moco)
         self._sums = torch.zeros(3, device=accelerator.device)
         self._num_summed = 0
 
@@ -124,28 +127,28 @@ class Learner:
             step=step,
             position=batch.position,
             micro_batch=self.config.speed.micro_batch,
-            autocast=self.accelerator.autocast,
+            autocast=self._autocast,
             backward=self.accelerator.backward,
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1
 
-    def read_metrics(self, *, stop: bool, replaced: int = 0) -> tuple[dict[str, float], bool]:
-        """Means over the steps since the last call and over all ranks, and whether any rank was told to stop.
+    def read_metrics(self, *, replaced: int = 0) -> dict[str, float]:
+        """Means over the steps since the last call and over all ranks.
 
         replaced: samples that this rank has replaced; comes back as the sum over the ranks. With them comes
         what the dictionary tells of itself.
         The one place where the host waits for the device; all ranks call it after the same step.
         """
-        own = torch.tensor([float(stop), float(replaced)], device=self._sums.device)
+        own = torch.tensor([float(replaced)], device=self._sums.device)
         stats = self.moco.dictionary.stats()
-        told = torch.cat((self._sums / self._num_summed, own, *(value[None] for value in stats.values())))
-        means = self.accelerator.reduce(told, "mean").tolist()
+        parts = (self._sums / self._num_summed, self._vitals.read(), *(value[None] for value in stats.values()))
+        *means, replaced_mean = self.accelerator.reduce(torch.cat((*parts, own)), "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0
-        found = dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False))
-        found |= dict(zip(stats, means[5:], strict=True))
-        return found | {"replaced": round(means[4] * self.accelerator.num_processes)}, means[3] > 0
+        names = ("loss", "pretext_top1", "pretext_top5", *Vitals.NAMES, *stats)
+        found = dict(zip(names, means, strict=True))
+        return found | {"replaced": round(replaced_mean * self.accelerator.num_processes)}
 
     @torch.no_grad()
     def average_bn(self) -> None:
@@ -169,7 +172,7 @@ class Learner:
         encoder = self.moco.query_encoder.eval()
 
         def encode(images: Tensor) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 found: Tensor = encoder.features(images) if features == "backbone" else encoder(images)  # type: ignore[operator]
             return found
 
@@ -206,12 +209,15 @@ class Learner:
             moco=self.moco.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=rng,
+            scaler=scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's state. Raises UserError where it is of another model."""
         self.moco.load_state_dict(checkpoint.moco)
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.accelerator.scaler and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         torch.set_rng_state(checkpoint.rng["cpu"])
         if "cuda" in checkpoint.rng and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.accelerator.device)

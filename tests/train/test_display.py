@@ -1,6 +1,8 @@
 import io
 
+import pytest
 from rich.console import Console
+from rich.text import Text
 
 from linerate.train.display import RunPanel, clock, plain_line, show_run
 
@@ -84,6 +86,19 @@ def test_a_terminal_gets_the_live_panel() -> None:
             on_event(event)
     assert "checkpoint at step 5: runs/x" in out.getvalue()
     assert "chance 11.090" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_alarms_are_told_above_the_panel_and_named_in_it(width: int) -> None:
+    out = io.StringIO()
+    alarm = {"event": "alarm", "step": 5, "alarm": "collapse", "text": f"the std is {'very ' * 20}low"}
+    with show_run("demo", console=Console(file=out, width=width, force_terminal=True)) as on_event:
+        for event in (START, STEP, alarm, {**alarm, "alarm": "data-wait"}):
+            on_event(event)
+    lines = Text.from_ansi(out.getvalue()).plain.splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert sum(line.startswith("ALARM collapse: the std is very") for line in lines) == 1
+    assert [line for line in lines if "ALARM  collapse, data-wait" in line]
 
 
 def test_a_clock_shows_hours_minutes_seconds() -> None:
