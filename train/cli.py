@@ -20,13 +20,14 @@ from linerate.pipeline.cache import (
     open_shards,
     require_room,
 )
+from linerate.pipeline.host_memory import PHOTO, largest_sample
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.terminal import dispatch, emit_json, parse_args
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
-from linerate.train.plan import plan_rows, plan_run, require_one_batch
+from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 
 
@@ -51,7 +52,9 @@ class TrainCommand(CacheOptions):
     scale_lr: bool = False
     """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
     dry_run: bool = False
-    """Print the plan (steps, learning rates, memory) and stop."""
+    """Print the plan (steps, what is dropped, shards of a rank, learning rates, memory) and stop."""
+    ranks: int | None = None
+    """For --dry-run: the processes that the run would have; None: those that started this command."""
     json: bool = False
     """One JSON object on stdout instead of a table."""
     config: ConfigFlags
@@ -69,6 +72,10 @@ def main_train(argv: list[str]) -> int:
     if command.dry_run:
         return _dry_run(command, config, nominal_images=recipe.num_images)
     if command.shards is None or command.run is None:
+    if command.ranks is not None and not command.dry_run:
+        raise UserError(
+            f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
+        )
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
     return _train(command, config, shards=command.shards, run=command.run)
@@ -118,24 +125,27 @@ def _print_recipes() -> None:
 
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
-    from linerate.train.memory import estimate_memory
+    from linerate.train.memory import estimate_host_memory, estimate_memory
 
     catalog = open_shards(command.shards, command) if command.shards else None
-    num_images = catalog.num_samples if catalog else nominal_images
-    if num_images is None:
+    if catalog is None and nominal_images is None:
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_run(config, num_images=num_images, world_size=world_size)
+    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(nominal_images or 0)
+    world_size = _world_size(command)
+    plan = plan_run(config, shards, world_size=world_size)
     memory = estimate_memory(config, rank_batch=plan.rank_batch)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
+    sample = largest_sample(catalog) if catalog else PHOTO
+    host = estimate_host_memory(config, sample, shards, world_size=world_size)
 
-        result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)}
+        result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "host_memory_bytes": host}
+        result |= {"host_memory_of": dataclasses.asdict(sample), "config": to_plain(config)}
         emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
-    for name, value in plan_rows(plan, memory):
+    for name, value in [*plan_rows(plan), *memory_rows(memory, of="device"), *_host_rows(host, catalog)]:
         table.add_row(name, value)
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
@@ -147,6 +157,26 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
 def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
     """What this machine's ranks read at a time and what the cache may hold, which must not be less."""
     lanes = lanes_here(config.lanes, world_size=world_size)
+def _world_size(command: TrainCommand) -> int:
+    if command.ranks is None:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if command.ranks < 1:
+        raise UserError(f"--ranks {command.ranks} is no number of processes; give 1 or more")
+    return command.ranks
+
+
+def _host_rows(host: dict[str, int] | None, catalog: Catalog | None) -> list[tuple[str, str]]:
+    """What the loader takes of a rank's host memory, and what was assumed."""
+    if host is None:
+        return [("host", "not foreseen: the backend has a pipeline of its own")]
+    if catalog is None:
+        assumed = "if every image were a photo of 456 x 395, as ImageNet's mean"
+    else:
+        height, width, size = catalog.max_height, catalog.max_width, show_bytes(catalog.max_sample_bytes)
+        assumed = f"at most: batches of nothing but {width} x {height} pixels in {size}, the catalog's maxima"
+    return [*memory_rows(host, of="host"), ("host is", f"a rank's loader, {assumed}")]
+
+
     require_room(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
     assert isinstance(catalog.bring, ShardCache)
     need = cache_need(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)

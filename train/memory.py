@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linerate.pipeline.cores import default_num_threads
+from linerate.pipeline.host_memory import SampleSize, predict_host_memory
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.infonce import chunk_size
 from linerate.train.launch import resolve_precision
+from linerate.train.plan import ShardTable
 
 FLOAT_BYTES = 4
 
@@ -41,6 +44,26 @@ def estimate_memory(config: TrainConfig, *, rank_batch: int) -> dict[str, int]:
         "logits": 2 * rank_batch * chunk_size(rank_batch, num_keys, device_type=device) * FLOAT_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def estimate_host_memory(
+    config: TrainConfig, sample: SampleSize, shards: ShardTable, *, world_size: int
+) -> dict[str, int] | None:
+    """Host bytes of one rank's loader, were every sample of that size; None: its backend cannot be foreseen.
+
+    On a CPU the device's memory, of `estimate_memory`, is the host's too and comes on top.
+    """
+    return predict_host_memory(
+        sample,
+        shard_sizes=shards.sizes,
+        backend=config.views.backend,
+        on_gpu=torch.cuda.is_available(),
+        size=config.views.size,
+        rank_batch=config.rank_batch(world_size),
+        rank_lanes=config.lanes // world_size,
+        num_threads=config.speed.loader_threads or default_num_threads(),
+        prefetch=config.speed.prefetch,
+    )
 
 
 def activation_bytes(encoder: Encoder, *, size: int) -> int:
