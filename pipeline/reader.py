@@ -157,7 +157,7 @@ class ShardReader:
                 bad[row] = f"{self.catalog.shard_path(one)}: {error.strerror}"
                 continue
             if not whole:
-                bad[row] = _cut_short(self.catalog.shard_path(one), promised=start + end - begin)
+                bad[row] = _cut_short(self.catalog.shard_path(one))
         return [buffer[begin:end] for begin, end in spans], bad
 
     def _open(self, shard: int) -> int:
@@ -336,5 +336,5 @@ def _pread_exactly(file: int, view: memoryview, offset: int) -> bool:
     return True
 
 
-def _cut_short(path: Path, *, promised: int) -> str:
-    return f"{path} holds {path.stat().st_size:,} bytes, its index promises {promised:,} or more"
+def _cut_short(path: Path) -> str:
+    return f"{path}: it ends after {path.stat().st_size:,} bytes, before its index does"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -29,6 +30,9 @@ from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
 from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
+
+if TYPE_CHECKING:
+    from linerate.train.run_folder import Damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +73,13 @@ def main_train(argv: list[str]) -> int:
         raise UserError(f"the recipe comes first, as in `linerate train {next(iter(RECIPES))} {argv[0]} ...`")
     recipe = find_recipe(argv[0])
     command, config = parse_train(argv)
-    if command.dry_run:
-        return _dry_run(command, config, nominal_images=recipe.num_images)
-    if command.shards is None or command.run is None:
     if command.ranks is not None and not command.dry_run:
         raise UserError(
             f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
         )
+    if command.dry_run:
+        return _dry_run(command, config, nominal_images=recipe.num_images)
+    if command.shards is None or command.run is None:
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
     return _train(command, config, shards=command.shards, run=command.run)
@@ -134,11 +138,11 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
     world_size = _world_size(command)
     plan = plan_run(config, shards, world_size=world_size)
     memory = estimate_memory(config, rank_batch=plan.rank_batch)
+    sample = largest_sample(catalog) if catalog else PHOTO
+    host = estimate_host_memory(config, sample, shards, world_size=world_size)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
-    sample = largest_sample(catalog) if catalog else PHOTO
-    host = estimate_host_memory(config, sample, shards, world_size=world_size)
 
         result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "host_memory_bytes": host}
         result |= {"host_memory_of": dataclasses.asdict(sample), "config": to_plain(config)}
@@ -154,9 +158,6 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
     return 0
 
 
-def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
-    """What this machine's ranks read at a time and what the cache may hold, which must not be less."""
-    lanes = lanes_here(config.lanes, world_size=world_size)
 def _world_size(command: TrainCommand) -> int:
     if command.ranks is None:
         return int(os.environ.get("WORLD_SIZE", "1"))
@@ -177,6 +178,9 @@ def _host_rows(host: dict[str, int] | None, catalog: Catalog | None) -> list[tup
     return [*memory_rows(host, of="host"), ("host is", f"a rank's loader, {assumed}")]
 
 
+def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
+    """What this machine's ranks read at a time and what the cache may hold, which must not be less."""
+    lanes = lanes_here(config.lanes, world_size=world_size)
     require_room(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
     assert isinstance(catalog.bring, ShardCache)
     need = cache_need(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
@@ -199,8 +203,8 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         emit_json(result)
     else:
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
-        for name, value in result.items():
-            if value is not None:
+        for name, value in [*result.items(), *damage_rows(summary.damage, logs=summary.bad_sample_logs)]:
+            if value is not None and name not in ("damage", "bad_sample_logs"):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         Console().print(table)
     if summary.stopped_by is not None:
@@ -208,6 +212,17 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         Console(stderr=True).print(show, highlight=False)
     # A preempted job (SIGTERM) is not a failed one: its scheduler starts it again.
     return 130 if summary.stopped_by == "SIGINT" else 0
+
+
+def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8) -> list[tuple[str, str]]:
+    """What was bad, by shard and reason, of many the first; and where every sample is named."""
+    rows = []
+    for one in damage[:limit]:
+        what = "the whole shard" if one.num_samples is None else f"{one.num_samples:,} of its samples"
+        rows.append((one.shard, f"{what}: {one.reason}"))
+    if len(damage) > limit:
+        rows.append(("...", f"{len(damage) - limit} more; --json has all"))
+    return [*rows, *(("listed in", path) for path in logs)]
 
 
 def main_eval(argv: list[str]) -> int:

@@ -26,7 +26,7 @@ from linerate.train.launch import describe_device, open_accelerator, start_track
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
-from linerate.train.run_folder import RunFolder
+from linerate.train.run_folder import Damage, RunFolder
 from linerate.train.schedules import lr_at, total_steps
 from linerate.train.stop import StopRequest, stop_on_signals
 from linerate.train.watchdog import Watchdog
@@ -56,6 +56,12 @@ class Summary:
     """The signal that ended it early, as SIGINT; None: it is finished."""
     checkpoint: str
     """The last checkpoint."""
+    replaced: int
+    """Samples that had to be replaced by neighbours, on all ranks, over the whole run."""
+    damage: tuple[Damage, ...]
+    """Why: what was found bad, by shard and reason."""
+    bad_sample_logs: tuple[str, ...]
+    """The files that name every one of them."""
 
     @property
     def finished(self) -> bool:
@@ -170,6 +176,7 @@ class _Run:
         self.saved: Path | None = None
         self.stopped = False
         self.last: dict[str, float] = {}
+        self.replaced_before = 0
         self.watch = Stopwatch()
         self.watchdog = Watchdog(
             config.watch.stall_seconds,
@@ -183,6 +190,8 @@ class _Run:
             self.step = self.logged_step = self.saved_step = checkpoint.step
             self.saved = self.folder.checkpoint_path(checkpoint.step)
             notes = [*notes, f"continuing after step {self.step:,}"]
+            logged = self.folder.load_log()
+            self.replaced_before = logged[-1].get("replaced", 0) if logged else 0
         self._emit(
             "start",
             total_steps=self.total_steps,
@@ -230,6 +239,9 @@ class _Run:
             knn_top1=self.last.get("knn_top1"),
             stopped_by=None if finished or stop.signal is None else stop.signal.name,
             checkpoint=str(self.saved),
+            replaced=int(self.last.get("replaced", self.replaced_before)),
+            damage=tuple(self.folder.damage()),
+            bad_sample_logs=tuple(map(str, self.folder.bad_sample_logs())),
         )
 
     def _over(self) -> bool:
@@ -262,6 +274,7 @@ class _Run:
         speed = self.watch.lap(images=steps * self.config.optim.global_batch)
         replaced = self.loader.replacements.num_replaced
         means, self.stopped = self.learner.read_metrics(stop=bool(stop), replaced=replaced)
+        means["replaced"] += self.replaced_before
         self.logged_step = self.step
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")

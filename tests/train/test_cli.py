@@ -7,9 +7,10 @@ from tests.train.small import SMALL
 
 from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
-from linerate.train.cli import parse_train
+from linerate.train.cli import damage_rows, parse_train
 from linerate.train.pretrain import pretrain
 from linerate.train.recipes import RECIPES
+from linerate.train.run_folder import Damage
 
 
 def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -107,6 +108,13 @@ def test_a_dry_run_tells_every_ranks_shards_and_its_memory_on_the_host(
     assert "host │ not foreseen" in " ".join(capsys.readouterr().out.split())
     assert main(["train", "in1m-v2", "--dry-run"]) == 0
     assert "456 x 395" in capsys.readouterr().out
+
+
+def test_damage_is_told_by_shard_and_reason_of_many_the_first() -> None:
+    damage = [Damage(shard=f"{i}.tar", reason="torn", num_samples=i or None) for i in range(10)]
+    rows = damage_rows(damage, logs=["run/bad.jsonl"])
+    assert rows[:2] == [("0.tar", "the whole shard: torn"), ("1.tar", "1 of its samples: torn")]
+    assert rows[8:] == [("...", "2 more; --json has all"), ("listed in", "run/bad.jsonl")]
 
 
 def test_ranks_are_for_a_dry_run_and_at_least_one(
