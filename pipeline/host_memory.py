@@ -14,8 +14,10 @@ import numpy as np
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 
-LIBRARY_BYTES = 850 * 2**20
-"""torch, DALI, numba and Python, with the pipeline of one image built: 830 to 850 MiB resident."""
+LIBRARY_BYTES = 700 * 2**20
+"""torch, DALI, numba and Python, imported: 670 to 700 MiB resident."""
+PIPELINE_BYTES = 170 * 2**20
+"""A pipeline of DALI's that has made its first views of small images: 150 to 170 MiB."""
 WORKER_BYTES = 400 * 2**20
 """A worker process of the torch backend."""
 DECODED_BATCHES = 3
@@ -82,6 +84,8 @@ def predict_host_memory(
     if backend == "torch":
         parts["workers"] = num_threads * WORKER_BYTES
         parts["decoded images"] = num_threads * rank_batch * sample.decoded_bytes
+    if backend == "dali":
+        parts["pipeline"] = PIPELINE_BYTES
     if backend == "dali" and not on_gpu:
         parts["decoded images"] = DECODED_BATCHES * rank_batch * sample.decoded_bytes
         # A progressive JPEG's coefficients: two bytes where a decoded level has one.

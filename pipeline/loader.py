@@ -106,6 +106,7 @@ class ViewLoader:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step={start_step} is not in 0..{self.steps_per_epoch}, the epoch's steps")
         self.replacements.begin_epoch()
+        give_back_memory()  # what the epoch before left is free by now
         self._fetch = self._fetch.for_epoch(epoch).without(self.replacements.known)
         step = start_step
         while step < self.steps_per_epoch:
@@ -124,7 +125,6 @@ class ViewLoader:
                 if self._backend.own_order:  # it leaves them out
                     num = len(error.position) if error.shard is None else self._rows(error.shard)
                     self._replaced(num)
-        give_back_memory()
 
     def _count(self, views: TwoViews, step: int) -> None:
         if self.replacements.known and not self._backend.own_order:
