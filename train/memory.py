@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.host_memory import SampleSize, predict_host_memory
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.infonce import chunk_size
-from linerate.train.launch import resolve_precision
+from linerate.train.launch import loader_threads, resolve_precision
 from linerate.train.plan import ShardTable
 
 FLOAT_BYTES = 4
@@ -61,7 +60,7 @@ def estimate_host_memory(
         size=config.views.size,
         rank_batch=config.rank_batch(world_size),
         rank_lanes=config.lanes // world_size,
-        num_threads=config.speed.loader_threads or default_num_threads(),
+        num_threads=loader_threads(config.speed),
         prefetch=config.speed.prefetch,
     )
 

@@ -16,13 +16,20 @@ from typing import Any
 from accelerate import Accelerator
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.cores import usable_cores
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.checkpoint import Checkpoint, TrainedOn, save_checkpoint
 from linerate.train.config import TrainConfig
-from linerate.train.launch import describe_device, open_accelerator, start_trackers, with_lanes
+from linerate.train.launch import (
+    describe_device,
+    loader_threads,
+    open_accelerator,
+    start_trackers,
+    with_lanes,
+)
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
@@ -200,6 +207,8 @@ class _Run:
             chance_loss=math.log(self.config.dictionary.num_keys + 1),
             world_size=self.accelerator.num_processes,
             device=describe_device(self.accelerator, self.config.speed),
+            loader_threads=loader_threads(self.config.speed),
+            usable_cores=usable_cores(),
         )
         for note in notes:
             self._emit("note", text=note)

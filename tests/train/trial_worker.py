@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_64_hexdigest
+
 from linerate.__main__ import main
 from linerate.pipeline.two_views import TwoViews
 from linerate.train.learner import Learner
@@ -18,7 +20,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def watch_steps(records: Path, fault: str) -> None:
-    """Learner.step writes (step, positions) of its batch to a file of the rank, and dies after its step."""
+    """Learner.step writes positions and hashes of its views to a file of the rank, and dies after its step."""
     rank = int(os.environ.get("RANK", "0"))
     how, _, where = fault.partition(":")
     taught = Learner.step
@@ -26,7 +28,9 @@ def watch_steps(records: Path, fault: str) -> None:
     def step(learner: Learner, batch: TwoViews, **options: Any) -> None:
         taught(learner, batch, **options)
         with (records / f"rank-{rank}.jsonl").open("a") as file:
-            print(json.dumps({"step": options["step"], "positions": batch.position.tolist()}), file=file)
+            views = [xxh3_64_hexdigest(one.contiguous().numpy()) for one in (batch.query, batch.key)]
+            line = {"step": options["step"], "positions": batch.position.tolist(), "views": views}
+            print(json.dumps(line), file=file)
         if where == f"{rank}:{options['step']}":
             os.kill(os.getpid(), SIGNALS[how])
 
