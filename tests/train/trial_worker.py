@@ -20,7 +20,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def watch_steps(records: Path, fault: str) -> None:
-    """Learner.step writes positions and hashes of its views to a file of the rank, and dies after its step."""
+    """Learner.step writes the positions and hashes of its views to a file of the rank, then may die."""
     rank = int(os.environ.get("RANK", "0"))
     how, _, where = fault.partition(":")
     taught = Learner.step
