@@ -194,7 +194,8 @@ def bench_views_rss(setting: Setting) -> Iterator[Count]:
         repeat=3,
         num_threads=2,
     )
-    found = _in_child(rounds)
+    # A start of its own, 8 s, is for figures that count.
+    found = run_epochs(rounds) if setting.size == "tiny" else _in_child(rounds)
     work = (
         f"{rounds.epochs} epochs of batches of {rounds.rank_batch}, 32 x 32 to {rounds.side} x "
         f"{rounds.side * 4 // 3} px, {rounds.num_threads} threads, DALI on the CPU"
