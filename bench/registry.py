@@ -64,6 +64,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "views": Benchmark(
         "views:bench_views", "JPEG bytes -> two 224 px views, one core", ("torchvision", "PIL")
     ),
+    "views-rss": Benchmark(
+        "views_memory:bench_views_rss",
+        "memory of a rank's loader over epochs of an adversarial size order, against what --dry-run foresees",
+    ),
     "draws": Benchmark("views:bench_draws", "drawing the augmentation's parameters, as a share of `views`"),
     "ema": Benchmark("step_parts:bench_ema", "the key encoder's update of ResNet-50, 161 tensors"),
     "enqueue": Benchmark(

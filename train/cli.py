@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -21,16 +22,20 @@ from linerate.pipeline.cache import (
     open_shards,
     require_room,
 )
+from linerate.pipeline.host_memory import PHOTO, largest_sample
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
-from linerate.train.plan import plan_rows, plan_run, require_one_batch
+from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
 from linerate.train.stop import exit_code
+
+if TYPE_CHECKING:
+    from linerate.train.run_folder import Damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,9 @@ class TrainCommand(RecipeCommand):
     resume: bool = False
     """Continue from the newest whole checkpoint in --run; start anew where there is none."""
     dry_run: bool = False
-    """Print the plan (steps, learning rates, memory) and stop; needs neither --shards nor --run."""
+    """Print the plan (steps, what is dropped, shards of a rank, learning rates, memory) and stop."""
+    ranks: int | None = None
+    """For --dry-run: the processes that the run would have; None: those that started this command."""
     profile: Path | None = None
     """Switches that `linerate tune` found; flags given beside it count more."""
 
@@ -77,6 +84,10 @@ def main_train(argv: list[str]) -> int:
         _print_recipes()
         return 0
     command, config = parse_train(argv)
+    if command.ranks is not None and not command.dry_run:
+        raise UserError(
+            f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
+        )
     if command.dry_run:
         return _dry_run(command, config, nominal_images=find_recipe(argv[0]).num_images)
     if command.shards is None or command.run is None:
@@ -161,15 +172,17 @@ def _print_recipes() -> None:
 
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
-    from linerate.train.memory import estimate_memory
+    from linerate.train.memory import estimate_host_memory, estimate_memory
 
     catalog = open_shards(command.shards, command) if command.shards else None
-    num_images = catalog.num_samples if catalog else nominal_images
-    if num_images is None:
+    if catalog is None and nominal_images is None:
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_run(config, num_images=num_images, world_size=world_size)
-    memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=num_images)
+    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(nominal_images or 0)
+    world_size = _world_size(command)
+    plan = plan_run(config, shards, world_size=world_size)
+    memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
+    sample = largest_sample(catalog) if catalog else PHOTO
+    host = estimate_host_memory(config, sample, shards, world_size=world_size)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
@@ -177,6 +190,8 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
         result = {
             "plan": dataclasses.asdict(plan),
             "memory_bytes": memory,
+            "host_memory_bytes": host,
+            "host_memory_of": dataclasses.asdict(sample),
             "chance_loss": config.chance_loss,
             "idle_fields": config.idle_fields(),
             "config": to_plain(config),
@@ -184,7 +199,7 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
         emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
-    for name, value in plan_rows(plan, memory):
+    for name, value in [*plan_rows(plan), *memory_rows(memory, of="device"), *_host_rows(host, catalog)]:
         table.add_row(name, value)
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
@@ -193,6 +208,26 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
         table.add_row("does nothing here", line)
     Console().print(table)
     return 0
+
+
+def _world_size(command: TrainCommand) -> int:
+    if command.ranks is None:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if command.ranks < 1:
+        raise UserError(f"--ranks {command.ranks} is no number of processes; give 1 or more")
+    return command.ranks
+
+
+def _host_rows(host: dict[str, int] | None, catalog: Catalog | None) -> list[tuple[str, str]]:
+    """What the loader takes of a rank's host memory, and what was assumed."""
+    if host is None:
+        return [("host", "not foreseen: the backend has a pipeline of its own")]
+    if catalog is None:
+        assumed = "if every image were a photo of 456 x 395, as ImageNet's mean"
+    else:
+        height, width, size = catalog.max_height, catalog.max_width, show_bytes(catalog.max_sample_bytes)
+        assumed = f"at most: batches of nothing but {width} x {height} pixels in {size}, the catalog's maxima"
+    return [*memory_rows(host, of="host"), ("host is", f"a rank's loader, {assumed}")]
 
 
 def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
@@ -220,8 +255,8 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         emit_json(result)
     else:
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
-        for name, value in result.items():
-            if value not in (None, ()):
+        for name, value in [*result.items(), *damage_rows(summary.damage, logs=summary.bad_sample_logs)]:
+            if value not in (None, ()) and name not in ("damage", "bad_sample_logs"):
                 told = ", ".join(value) if isinstance(value, tuple) else value
                 table.add_row(name, f"{told:.4g}" if isinstance(told, float) else str(told))
         Console().print(table)
@@ -229,6 +264,17 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         show = f"stopped by {summary.stopped_by} after step {summary.step:,}; --resume continues"
         Console(stderr=True).print(show, highlight=False)
     return exit_code(signal.Signals[summary.stopped_by]) if summary.stopped_by else 0
+
+
+def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8) -> list[tuple[str, str]]:
+    """What was bad, by shard and reason, of many the first; and where every sample is named."""
+    rows = []
+    for one in damage[:limit]:
+        what = "the whole shard" if one.num_samples is None else f"{one.num_samples:,} of its samples"
+        rows.append((one.shard, f"{what}: {one.reason}"))
+    if len(damage) > limit:
+        rows.append(("...", f"{len(damage) - limit} more; --json has all"))
+    return [*rows, *(("listed in", path) for path in logs)]
 
 
 def main_eval(argv: list[str]) -> int:

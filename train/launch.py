@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from linerate.pipeline.cores import default_num_threads, usable_cores
 from linerate.shards.errors import UserError
 from linerate.train.config import Speed, TrainConfig
 from linerate.train.config_json import to_plain
@@ -122,10 +123,16 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def describe_device(accelerator: Accelerator, speed: Speed) -> str:
-    """As `cpu, 2 ranks, fp32`."""
-    ranks = accelerator.num_processes
-    name = accelerator.device.type
-    return f"{name}, {ranks} rank{'s' if ranks > 1 else ''}, {resolve_precision(speed)}"
+    """As `cpu, 2 ranks, fp32, 1 loader thread a rank, 2 cores`, those of this process."""
+    ranks, threads, cores = accelerator.num_processes, loader_threads(speed), usable_cores()
+    counts = [(ranks, "rank"), (threads, "loader thread"), (cores, "core")]
+    told = [f"{num} {what}{'s' if num > 1 else ''}" for num, what in counts]
+    return f"{accelerator.device.type}, {told[0]}, {resolve_precision(speed)}, {told[1]} a rank, {told[2]}"
+
+
+def loader_threads(speed: Speed) -> int:
+    """Threads that decode on this rank."""
+    return speed.loader_threads or default_num_threads()
 
 
 @contextlib.contextmanager

@@ -142,7 +142,11 @@ class Learner:
         """
         own = torch.tensor([float(replaced)], device=self._sums.device)
         stats = self.moco.dictionary.stats()
-        parts = (self._sums / self._num_summed, self._vitals.read(), *(value[None] for value in stats.values()))
+        parts = (
+            self._sums / self._num_summed,
+            self._vitals.read(),
+            *(value[None] for value in stats.values()),
+        )
         *means, replaced_mean = self.accelerator.reduce(torch.cat((*parts, own)), "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linerate.pipeline.host_memory import SampleSize, predict_host_memory
 from linerate.shards.errors import UserError
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.infonce import chunk_size
-from linerate.train.launch import resolve_precision
+from linerate.train.launch import loader_threads, resolve_precision
 from linerate.train.memory_bank import own_rows
+from linerate.train.plan import ShardTable
 
 FLOAT_BYTES = 4
 
@@ -69,6 +71,26 @@ def _logit_bytes(config: TrainConfig, *, num_queries: int) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     num_keys = config.dictionary.num_keys
     return 2 * num_queries * chunk_size(num_queries, num_keys, device_type=device) * FLOAT_BYTES
+
+
+def estimate_host_memory(
+    config: TrainConfig, sample: SampleSize, shards: ShardTable, *, world_size: int
+) -> dict[str, int] | None:
+    """Host bytes of one rank's loader, were every sample of that size; None: its backend cannot be foreseen.
+
+    On a CPU the device's memory, of `estimate_memory`, is the host's too and comes on top.
+    """
+    return predict_host_memory(
+        sample,
+        shard_sizes=shards.sizes,
+        backend=config.views.backend,
+        on_gpu=torch.cuda.is_available(),
+        size=config.views.size,
+        rank_batch=config.rank_batch(world_size),
+        rank_lanes=config.lanes // world_size,
+        num_threads=loader_threads(config.speed),
+        prefetch=config.speed.prefetch,
+    )
 
 
 def activation_bytes(encoder: Encoder, *, size: int) -> int:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.cores import usable_cores
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
@@ -30,6 +31,7 @@ from linerate.train.evaluate.features import Encode
 from linerate.train.launch import (
     describe_device,
     launch_note,
+    loader_threads,
     open_accelerator,
     parent_command,
     start_trackers,
@@ -38,7 +40,7 @@ from linerate.train.launch import (
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
-from linerate.train.run_folder import RunFolder
+from linerate.train.run_folder import Damage, RunFolder
 from linerate.train.schedules import lr_at, total_steps
 from linerate.train.stop import LEAVE_S, StopRequest, stop_on_signals
 from linerate.train.watchdog import Watchdog
@@ -70,6 +72,12 @@ class Summary:
     """The signal that ended it early, as SIGINT; None: it is finished."""
     checkpoint: str
     """The last checkpoint."""
+    replaced: int
+    """Samples that had to be replaced by neighbours, on all ranks, over the whole run."""
+    damage: tuple[Damage, ...]
+    """Why: what was found bad, by shard and reason."""
+    bad_sample_logs: tuple[str, ...]
+    """The files that name every one of them."""
 
     @property
     def finished(self) -> bool:
@@ -200,6 +208,7 @@ class _Run:
         self.saved: Path | None = None
         self.stopped_by: signal.Signals | None = None
         self.last: dict[str, float] = {}
+        self.replaced_before = 0
         self.watch = Stopwatch()
         self.alarms = Alarms(
             config.watch,
@@ -219,6 +228,8 @@ class _Run:
             self.step = self.logged_step = self.saved_step = checkpoint.step
             self.saved = self.folder.checkpoint_path(checkpoint.step)
             notes = [*notes, f"continuing after step {self.step:,}"]
+            logged = self.folder.load_log()
+            self.replaced_before = logged[-1].get("replaced", 0) if logged else 0
         self._emit(
             "start",
             total_steps=self.total_steps,
@@ -227,6 +238,8 @@ class _Run:
             chance_loss=self.config.chance_loss,
             world_size=self.accelerator.num_processes,
             device=describe_device(self.accelerator, self.config.speed),
+            loader_threads=loader_threads(self.config.speed),
+            usable_cores=usable_cores(),
         )
         for note in notes:
             self._emit("note", text=note)
@@ -288,6 +301,9 @@ class _Run:
             alarms=self.alarms.names,
             stopped_by=None if finished or self.stopped_by is None else self.stopped_by.name,
             checkpoint=str(self.saved),
+            replaced=int(self.last.get("replaced", self.replaced_before)),
+            damage=tuple(self.folder.damage()),
+            bad_sample_logs=tuple(map(str, self.folder.bad_sample_logs())),
         )
 
     def _over(self) -> bool:
@@ -320,6 +336,7 @@ class _Run:
         speed = self.watch.lap(images=steps * self.config.optim.global_batch)
         replaced = self.loader.replacements.num_replaced
         means = self.learner.read_metrics(replaced=replaced)
+        means["replaced"] += self.replaced_before
         self.logged_step = self.step
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")

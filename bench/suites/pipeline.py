@@ -161,7 +161,7 @@ class Stages:
         losses = []
         for place in range(num_steps):
             self._step(self._resident[place % len(self._resident)])
-            losses.append(self._learner.read_metrics(stop=False)[0]["loss"])
+            losses.append(self._learner.read_metrics()["loss"])
         return losses
 
     def load_and_learn(self, num_batches: int) -> None:

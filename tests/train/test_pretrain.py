@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.train.small import SMALL, small
 
+from linerate.pipeline.cores import usable_cores
 from linerate.pipeline.loader import ViewLoader
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
@@ -51,6 +52,8 @@ def test_a_run_does_all_its_steps_and_says_so(whole: tuple[Path, Summary, list[A
     assert events[0]["event"] == "start"
     assert events[0]["steps_per_epoch"] == 72 // 16
     assert events[0]["num_dropped"] == 72 % 16
+    assert (events[0]["loader_threads"], events[0]["usable_cores"]) == (1, usable_cores())
+    assert "1 loader thread a rank" in events[0]["device"]
     assert events[0]["chance_loss"] == pytest.approx(math.log(41))
     assert events[-1] == {"event": "end", "step": 12, "finished": True}
     assert [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] == events
@@ -274,6 +277,9 @@ def test_a_damaged_sample_is_replaced_counted_and_written_with_its_key(
     found = json.loads(lines[0])
     assert (found["rank"], found["key"], found["sample_id"]) == (0, key, int(index.sample_id[2]))
     assert "fail their checksum" in found["reason"]
+    assert summary.replaced == replaced[-1]
+    assert [(one.shard, one.num_samples) for one in summary.damage] == [(copy.files[0], 1)]
+    assert summary.bad_sample_logs == (str(run / "bad_samples-rank00000.jsonl"),)
 
 
 def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path) -> None:
