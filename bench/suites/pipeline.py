@@ -190,4 +190,5 @@ class _Stages:
             num_lanes=config.lanes,
             num_threads=config.speed.loader_threads,
             prefetch=config.speed.prefetch,
+            hw_decoder_load=config.speed.hw_decoder_load,
         )
