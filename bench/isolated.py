@@ -22,6 +22,9 @@ def run_isolated(name: str, options: Sequence[str], *, suite: str, limit_s: floa
 
     What it measured before it failed, or before limit_s was over, counts; then comes a record that says so.
     """
+    if limit_s <= 0:
+        yield _failed(name, suite, "no time was left for it")
+        return
     command = [sys.executable, "-m", "linerate", "bench", "run", name, *options, "--suite", suite, "--json"]
     deadline = time.monotonic() + limit_s
     with tempfile.TemporaryFile("w+") as errors:
@@ -45,7 +48,7 @@ def run_isolated(name: str, options: Sequence[str], *, suite: str, limit_s: floa
         errors.seek(0)
         said = errors.read()
     # 1 says that sides disagree, which their records tell.
-    if code not in (0, 1) or "Traceback" in said:
+    if code not in (0, 1) or (code == 1 and "Traceback" in said):
         last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "nothing")
         yield _failed(name, suite, f"it ended with exit code {code} and said: {last[:300]}")
 

@@ -58,14 +58,20 @@ class PillowFiles(Dataset[tuple[Tensor, Tensor]]):
         return query, key
 
 
+def pillow_batch(work: Work) -> int:
+    """Images in a batch of the DataLoader's."""
+    return min(32, work.batch)
+
+
 def pillow_batches(work: Work) -> Iterator[tuple[Tensor, Tensor]]:
     """A round's batches by a DataLoader with a worker on every core, on the device."""
     num = (work.num_warm + work.num_timed) * work.batch
+    # Small ones, so that each worker makes several between the first and the last of a round.
     files = tuple(itertools.islice(itertools.cycle(work.images.files), num))
     num_workers = work.num_threads if work.num_threads > 1 else 0
     loader = DataLoader(
         PillowFiles(files, work.recipe),
-        batch_size=work.batch,
+        batch_size=pillow_batch(work),
         num_workers=num_workers,
         multiprocessing_context=worker_context() if num_workers else None,
         pin_memory=work.device == "cuda",
@@ -78,10 +84,11 @@ def bench_views_on_gpu(setting: Setting) -> Iterator[Record]:
     """DALI with the GPU's decoder against Pillow on all cores, and how its time divides."""
     full_size = setting.size == "full"
     recipe = find_recipe("v2", size=setting.pick(tiny=16, quick=224, full=224))
-    work = make_work(setting, recipe, num_threads=usable_cores(), backends=())
+    work = make_work(setting, recipe, num_threads=usable_cores(), backends=(), num_warm=4, num_timed=24)
     bare = dataclasses.replace(work, recipe=only_crops(recipe))
     lacking = missing_backend("dali")
-    sides = {"theirs": Steady(lambda: pillow_batches(work), num_warm=work.num_warm).side}
+    pillow_warm = work.num_warm * work.batch // pillow_batch(work)
+    sides = {"theirs": Steady(lambda: pillow_batches(work), num_warm=pillow_warm).side}
     with contextlib.ExitStack() as opened:
         equal = None
         if lacking is None:
@@ -127,9 +134,7 @@ def bench_views_sweep(setting: Setting) -> Iterator[Record]:
         return
     cores = usable_cores()
     recipe = find_recipe("v2", size=setting.pick(tiny=16, quick=224, full=224))
-    whole = make_work(setting, recipe, num_threads=cores, backends=())
-    num_timed = min(12, whole.num_warm + whole.num_timed - 4)
-    work = dataclasses.replace(whole, num_warm=4, num_timed=num_timed)
+    work = make_work(setting, recipe, num_threads=cores, backends=(), num_warm=4, num_timed=12)
     few = setting.size == "tiny"
     threads = sorted({cores, math.ceil(cores / 2), math.ceil(cores / 4)}, reverse=True)
     cells = itertools.product(threads[: 1 if few else 3], (2, 4)[: 1 if few else 2], HW_DECODER_LOADS)

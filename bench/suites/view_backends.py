@@ -121,13 +121,24 @@ def bench_backends(setting: Setting, backends: Sequence[str]) -> Iterator[Record
     yield from _compare(machine_work, names, setting, by_part=setting.device != "cpu")
 
 
-def make_work(setting: Setting, recipe: ViewRecipe, *, num_threads: int, backends: Sequence[str]) -> Work:
-    """Shards in the scratch folder that hold an epoch of warm-up and measurement for that many threads."""
+def make_work(
+    setting: Setting,
+    recipe: ViewRecipe,
+    *,
+    num_threads: int,
+    backends: Sequence[str],
+    num_warm: int | None = None,
+    num_timed: int | None = None,
+) -> Work:
+    """Shards in the scratch folder that hold an epoch of warm-up and measurement.
+
+    num_warm, num_timed: None takes what DataLoaders of that many workers need.
+    """
     batch = setting.pick(tiny=2, quick=16, full=32 if setting.device == "cpu" else 128)
-    # Two batches of a DataLoader's worker are on their way at once.
-    num_warm, num_timed = 2 * num_threads + 1, max(4, setting.pick(tiny=2, quick=2, full=4) * num_threads)
-    if setting.device != "cpu":
-        num_warm, num_timed = min(num_warm, 16), min(num_timed, 32)
+    if num_warm is None or num_timed is None:
+        # Two batches of a DataLoader's worker are on their way at once.
+        num_warm = 2 * num_threads + 1
+        num_timed = max(4, setting.pick(tiny=2, quick=2, full=4) * num_threads)
     num_images = (num_warm + num_timed + 1) * batch
     images = load_images(
         setting.images,

@@ -223,6 +223,11 @@ def test_a_benchmark_that_fails_or_hangs_keeps_what_it_measured_and_says_why(
         assert records[1].name == "toy"
 
 
+def test_what_no_time_is_left_for_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = in_its_own_process("raise SystemExit(3)", monkeypatch, limit_s=0.0)
+    assert record.refused == "no time was left for it"
+
+
 def test_lightlys_parts_make_the_peers_step() -> None:
     pytest.importorskip("lightly", reason="lightly is not installed, so its step stays untested")
     encoder, _ = step.start("tiny-resnet-w4", num_keys=64)
