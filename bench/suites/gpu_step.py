@@ -6,7 +6,7 @@ A function of the device: at the tiny size it runs on a CPU, which proves all bu
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def bench_step_on_gpu(setting: Setting) -> Iterator[Contest | Count]:
     full_size = setting.size == "full"
     shape = _shape(setting, batch=256)
     forms = Forms(shape)
-    agree = partial(_same_curve, shape)
+    agree = cache(partial(_same_curve, shape))
     ceiling = arithmetic(shape)
     eager, compiled = forms.ours(), forms.ours(compiled=True)
     about: dict[str, Any] = {"unit": "pairs/s", "amount": shape.batch, "ceiling": ceiling}
@@ -167,7 +167,7 @@ def bench_step_on_gpu(setting: Setting) -> Iterator[Contest | Count]:
 def bench_step_small(setting: Setting) -> Iterator[Contest]:
     """Batch 32, where launches count: eager, and compiled."""
     shape = _shape(setting, batch=32)
-    forms = Forms(shape)
+    forms, agree = Forms(shape), cache(partial(_same_curve, shape))
     for compiled in (False, True):
         yield Contest(
             peer="plain torch eager",
@@ -176,7 +176,7 @@ def bench_step_small(setting: Setting) -> Iterator[Contest]:
             amount=shape.batch,
             ours=forms.ours(compiled=compiled),
             theirs=forms.plain(),
-            agree=partial(_same_curve, shape),
+            agree=agree,
             bar=Bar(1.8, full_size=setting.size == "full"),
         )
     yield Contest(

@@ -213,7 +213,7 @@ def _compare(work: Work, names: list[str], setting: Setting, *, by_part: bool) -
 def _contest(name: str, work: Work, steady: Steady | None, *, full_size: bool) -> Contest:
     bar = Bar(1.3, full_size=full_size) if name == "dali" and work.device == "cpu" else None
     return Contest(
-        peer=None if name == REFERENCE else f"--backend {REFERENCE}",
+        peer=None if name == REFERENCE else f"{name}, against {REFERENCE}",
         work=f"--backend {name}: {work}",
         unit="pairs/s",
         amount=work.amount,
@@ -228,13 +228,15 @@ def parts_of(name: str, work: Work, times: dict[str, Seconds], unrest: dict[str,
     # A part that the noise leaves nothing of is given a thousandth of the whole.
     least = 1e-3 * whole
     parts = {
-        "decode alone": decoding,
-        "crops alone (decode and crops, less decode)": np.maximum(cropping - decoding, least),
-        "flip, colours and blur (all, less decode and crops)": np.maximum(whole - cropping, least),
+        ("decode", "decode alone"): decoding,
+        ("crops", "crops alone (decode and crops, less decode)"): np.maximum(cropping - decoding, least),
+        ("colours", "flip, colours and blur (all, less decode and crops)"): np.maximum(
+            whole - cropping, least
+        ),
     }
-    for part, seconds in parts.items():
+    for (short, part), seconds in parts.items():
         contest = Contest(
-            peer=f"all of --backend {name}",
+            peer=f"{name}'s {short}, against all of it",
             work=f"{part}, --backend {name}: {work}",
             unit="pairs/s",
             amount=work.amount,
