@@ -62,7 +62,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "read_memory:bench_read_rss", "memory of one rank's order and indexes at 940 M samples"
     ),
     "views": Benchmark(
-        "views:bench_views", "JPEG bytes -> two 224 px views, one core", ("torchvision", "PIL")
+        "views:bench_views",
+        "JPEG bytes -> two 224 px views, one core; with --backends each of them against torch",
+        ("torchvision", "PIL"),
     ),
     "draws": Benchmark("views:bench_draws", "drawing the augmentation's parameters, as a share of `views`"),
     "ema": Benchmark("step_parts:bench_ema", "the key encoder's update of ResNet-50, 161 tensors"),
@@ -73,7 +75,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "step_parts:bench_infonce", "loss and gradient over 65,536 negatives; memory counted"
     ),
     "shuffle-bn": Benchmark("shuffle_bn:bench_shuffle_bn", "bytes that shuffling BN sends, 4 ranks"),
-    "step": Benchmark("step:bench_step", "the whole MoCo step; operations, bytes and host syncs counted"),
+    "step": Benchmark(
+        "step:bench_step", "the whole MoCo step; operations, bytes and host syncs counted", ("lightly",)
+    ),
     "step-small": Benchmark("gpu_step:bench_step_small", "the step at batch 32, where launches count"),
     "step-stages": Benchmark("gpu_step:bench_step_stages", "one step by its stages, and its largest kernels"),
     "views-sweep": Benchmark(
