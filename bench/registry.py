@@ -79,7 +79,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "step:bench_step", "the whole MoCo step; operations, bytes and host syncs counted", ("lightly",)
     ),
     "step-small": Benchmark("gpu_step:bench_step_small", "the step at batch 32, where launches count"),
-    "step-stages": Benchmark("gpu_step:bench_step_stages", "one step by its stages, and its largest kernels"),
+    "step-stages": Benchmark(
+        "step_stages:bench_step_stages", "one step by its stages, and its largest kernels"
+    ),
     "views-sweep": Benchmark(
         "gpu_views:bench_views_sweep", "DALI's views over hw_decoder_load x threads x prefetch"
     ),

@@ -19,18 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from linerate.bench.contest import Bar, Contest, Setting, missing_record, timed_record
 from linerate.bench.machine import BAR_GPU, is_bar_gpu, noise, probe
 from linerate.bench.record import Record
-from linerate.bench.suites.view_backends import (
+from linerate.bench.suites.view_backends import require_all_alike
+from linerate.bench.suites.view_parts import decoder_of, only_crops, parts_of
+from linerate.bench.suites.view_work import (
     SEED,
     Steady,
     Work,
-    decoder_of,
     epochs,
     make_work,
     missing_backend,
-    only_crops,
     opened_views,
-    parts_of,
-    require_all_alike,
 )
 from linerate.bench.timing import MIN_ROUNDS, Seconds, Side, interleave, measure
 from linerate.pipeline.cores import usable_cores

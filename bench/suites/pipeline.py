@@ -15,7 +15,7 @@ from linerate.bench.contest import Bar, Ceiling, Contest, Setting, missing_recor
 from linerate.bench.images import load_images
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
-from linerate.bench.suites.view_backends import missing_backend
+from linerate.bench.suites.view_work import missing_backend
 from linerate.bench.timing import MIN_ROUNDS, Side, interleave
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews

@@ -6,105 +6,33 @@ and random numbers, so of them only what a batch holds is compared. Legend: N im
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from linerate.bench.contest import Bar, Contest, Disagreement, Setting, missing_record, timed_record
-from linerate.bench.images import ImageFolder, load_images
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
-from linerate.bench.timing import Seconds, Side, interleave, one_core
+from linerate.bench.suites.view_parts import decoder_of, only_crops, parts_of
+from linerate.bench.suites.view_work import (
+    NAME,
+    Steady,
+    Work,
+    epochs,
+    make_work,
+    missing_backend,
+    opened_views,
+)
+from linerate.bench.timing import Side, interleave, one_core
 from linerate.pipeline.cores import usable_cores
-from linerate.pipeline.encoded import EncodedBatch
-from linerate.pipeline.loader import ViewLoader, open_views
-from linerate.pipeline.recipe import ViewRecipe, find_recipe
+from linerate.pipeline.loader import ViewLoader
+from linerate.pipeline.recipe import find_recipe
 from linerate.pipeline.two_views import TwoViews
-from linerate.shards.catalog import Catalog
-from linerate.shards.pack import pack
 
-SEED = 0
-NAME = "views"
 REFERENCE = "torch"
 # How far views by the same draws may lie apart, grey levels in the mean; see pipeline/parity.py.
 MAX_MEAN_DIFFERENCE = 0.5
-_MISSING = {
-    "dali": ("nvidia.dali", "pip install nvidia-dali-cuda130"),
-    "webdataset": ("webdataset", "pip install webdataset"),
-    "ffcv": ("ffcv", "apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++, then make ffcv"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """Shards, and how their views are made."""
-
-    catalog: Catalog
-    images: ImageFolder
-    recipe: ViewRecipe
-    batch: int
-    """N"""
-    num_threads: int
-    device: str
-    num_warm: int
-    """batches before the clock starts: what all workers and queues hold at once, and one"""
-    num_timed: int
-
-    @property
-    def amount(self) -> int:
-        """Pairs that the clock sees in one round."""
-        return self.num_timed * self.batch
-
-    def __str__(self) -> str:
-        recipe, kb = self.recipe, self.images.mean_kb
-        where = "one core" if self.num_threads == 1 else f"{self.num_threads} cores"
-        if self.device != "cpu":
-            where += " and the GPU"
-        return (
-            f"JPEGs of {kb} KB in shards -> two {recipe.size} px {recipe.name} views, batches of "
-            f"{self.batch}, {where}"
-        )
-
-
-class Steady:
-    """A stream whose start and first batches happen outside the clock, which sees the rest of it, to its end.
-
-    So a contestant has nothing half made when another one's turn comes.
-    """
-
-    def __init__(self, make: Callable[[], Iterator[Any]], *, num_warm: int) -> None:
-        self._make, self._num_warm = make, num_warm
-        self._stream: Iterator[Any] = iter(())
-
-    def prepare(self) -> None:
-        """Start anew and take the first batches."""
-        self._stream = self._make()
-        for _ in itertools.islice(self._stream, self._num_warm):
-            pass
-
-    def run(self) -> None:
-        """Take all that is left."""
-        for _ in self._stream:
-            pass
-
-    @property
-    def side(self) -> Side:
-        return Side(run=self.run, prepare=self.prepare)
-
-
-def missing_backend(name: str) -> str | None:
-    """None where the backend can run, else a line that names what is missing and how to bring it."""
-    module, remedy = _MISSING.get(name, ("torchvision", "pip install torchvision"))
-    with contextlib.suppress(ModuleNotFoundError):
-        if importlib.util.find_spec(module) is not None:
-            return None
-    return f"{module} is not installed; bring it with: {remedy}"
 
 
 def bench_backends(setting: Setting, backends: Sequence[str]) -> Iterator[Record]:
@@ -119,58 +47,6 @@ def bench_backends(setting: Setting, backends: Sequence[str]) -> Iterator[Record
             yield from _compare(alone, names, setting, by_part=True)
     # ffcv keeps the number of its threads for the life of a process.
     yield from _compare(machine_work, names, setting, by_part=setting.device != "cpu")
-
-
-def make_work(
-    setting: Setting,
-    recipe: ViewRecipe,
-    *,
-    num_threads: int,
-    backends: Sequence[str],
-    num_warm: int | None = None,
-    num_timed: int | None = None,
-) -> Work:
-    """Shards in the scratch folder that hold an epoch of warm-up and measurement.
-
-    num_warm, num_timed: None takes what DataLoaders of that many workers need.
-    """
-    batch = setting.pick(tiny=2, quick=16, full=32 if setting.device == "cpu" else 128)
-    if num_warm is None or num_timed is None:
-        # Two batches of a DataLoader's worker are on their way at once.
-        num_warm = 2 * num_threads + 1
-        num_timed = max(4, setting.pick(tiny=2, quick=2, full=4) * num_threads)
-    num_images = (num_warm + num_timed + 1) * batch
-    images = load_images(
-        setting.images,
-        num_images=min(num_images, setting.pick(tiny=8, quick=64, full=512)),
-        num_bytes=5_000 if setting.size == "tiny" else None,
-    )
-    source = setting.scratch / "backends-images"
-    repeat_images(images, source, num_images=num_images)
-    catalog = pack(source, setting.scratch / "backends-shards", num_workers=0)
-    shutil.rmtree(source)
-    if "ffcv" in backends and missing_backend("ffcv") is None:
-        from linerate.pipeline.ffcv_views import beton_path
-        from linerate.shards.beton import write_beton
-
-        write_beton(catalog, beton_path(catalog))
-    return Work(
-        catalog=catalog,
-        images=images,
-        recipe=recipe,
-        batch=batch,
-        num_threads=num_threads,
-        device=setting.device,
-        num_warm=num_warm,
-        num_timed=num_timed,
-    )
-
-
-def repeat_images(images: ImageFolder, folder: Any, *, num_images: int) -> None:
-    """num_images files made of the images at hand, each as often as it takes."""
-    folder.mkdir()
-    for nth, path in zip(range(num_images), itertools.cycle(images.files), strict=False):
-        shutil.copyfile(path, folder / f"{nth:06d}.jpg")
 
 
 def _compare(work: Work, names: list[str], setting: Setting, *, by_part: bool) -> Iterator[Record]:
@@ -220,114 +96,6 @@ def _contest(name: str, work: Work, steady: Steady | None, *, full_size: bool) -
         ours=steady.side if steady else Side(run=lambda: None),
         bar=bar,
     )
-
-
-def parts_of(name: str, work: Work, times: dict[str, Seconds], unrest: dict[str, Any]) -> Iterator[Record]:
-    """The backend's decoding, its crops and the rest of its time as records; shares of the whole."""
-    whole, cropping, decoding = times[name], times[f"{name} crops"], times[f"{name} decodes"]
-    # A part that the noise leaves nothing of is given a thousandth of the whole.
-    least = 1e-3 * whole
-    parts = {
-        ("decode", "decode alone"): decoding,
-        ("crops", "crops alone (decode and crops, less decode)"): np.maximum(cropping - decoding, least),
-        ("colours", "flip, colours and blur (all, less decode and crops)"): np.maximum(
-            whole - cropping, least
-        ),
-    }
-    for (short, part), seconds in parts.items():
-        contest = Contest(
-            peer=f"{name}'s {short}, against all of it",
-            work=f"{part}, --backend {name}: {work}",
-            unit="pairs/s",
-            amount=work.amount,
-            ours=Side(run=lambda: None),
-            note=f"{100 * float(np.median(seconds / whole)):.0f} % of the time of the views",
-        )
-        yield timed_record(NAME, contest, times={"ours": seconds, "theirs": whole}, noise=unrest, suite="")
-
-
-def only_crops(recipe: ViewRecipe) -> ViewRecipe:
-    """The recipe with nothing after the crop."""
-
-    def bare(one: Any) -> Any:
-        return dataclasses.replace(
-            one,
-            jitter_probability=0.0,
-            gray_probability=0.0,
-            blur_probability=0.0,
-            solarize_probability=0.0,
-            flip_probability=0.0,
-        )
-
-    return dataclasses.replace(recipe, query=bare(recipe.query), key=bare(recipe.key))
-
-
-@contextlib.contextmanager
-def opened_views(work: Work, name: str) -> Iterator[ViewLoader]:
-    in_processes = name in ("torch", "webdataset") and work.num_threads > 1
-    loader = open_views(
-        work.catalog,
-        recipe=work.recipe,
-        backend=name,
-        device=work.device,
-        seed=SEED,
-        global_batch=work.batch,
-        num_lanes=min(2, work.batch),
-        num_threads=work.num_threads,
-        prefetch=2 * work.num_threads if in_processes else 2,
-    )
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
-def epochs(loader: ViewLoader, work: Work) -> Callable[[], Iterator[TwoViews]]:
-    """A function that starts the next epoch, cut to what a round takes."""
-    numbers = itertools.count()
-    return lambda: itertools.islice(loader.epoch(next(numbers)), work.num_warm + work.num_timed)
-
-
-def decoder_of(name: str, work: Work) -> Callable[[], Iterator[Any]]:
-    """A function that decodes as many images as a round times, by the backend's own decoder."""
-    from linerate.bench.suites.views import encoded_batches
-
-    files = tuple(itertools.islice(itertools.cycle(work.images.files), work.amount))
-    labels = tuple(itertools.islice(itertools.cycle(work.images.labels), work.amount))
-    batches = encoded_batches(dataclasses.replace(work.images, files=files, labels=labels), work.batch)
-    if name == "dali":
-        from linerate.pipeline.dali_views import decoded
-
-        return lambda: decoded(
-            (batch.jpegs for batch in batches),
-            batch=work.batch,
-            device=work.device,
-            num_threads=work.num_threads,
-        )
-    decode = {"torch": _decode_by_torch, "webdataset": _decode_by_pillow, "ffcv": _decode_by_ffcv}[name]
-    return lambda: map(decode, batches)
-
-
-def _decode_by_torch(batch: EncodedBatch) -> None:
-    from linerate.pipeline.torch_views import decode_all
-
-    decode_all(batch)
-
-
-def _decode_by_pillow(batch: EncodedBatch) -> None:
-    from linerate.pipeline.pillow_recipe import decode
-
-    for jpeg in batch.jpegs:
-        decode(jpeg)
-
-
-def _decode_by_ffcv(batch: EncodedBatch) -> None:
-    """Twice: its loader decodes an image for each of the two views."""
-    from linerate.pipeline.ffcv_views import decode_by_ffcv
-
-    for jpeg, height, width in zip(batch.jpegs, batch.height, batch.width, strict=True):
-        for _ in range(2):
-            decode_by_ffcv(jpeg, height=int(height), width=int(width))
 
 
 def require_all_alike(loaders: dict[str, ViewLoader], work: Work) -> dict[str, str]:

@@ -12,8 +12,9 @@ from linerate.bench import isolated
 from linerate.bench.contest import Disagreement, Setting
 from linerate.bench.record import Record
 from linerate.bench.registry import SUITES, run_benchmark
-from linerate.bench.suites import gpu_step, gpu_views, step, train_peers, view_backends
-from linerate.bench.suites.gpu_step import StageClock, timed_step
+from linerate.bench.suites import gpu_step, gpu_views, step, train_peers, view_backends, view_work
+from linerate.bench.suites.step_stages import StageClock, timed_step
+from linerate.bench.suites.view_work import Work
 from linerate.bench.timing import MIN_ROUNDS
 from linerate.pipeline.recipe import v2
 from linerate.pipeline.two_views import TwoViews
@@ -126,11 +127,12 @@ def test_backends_are_held_against_torch_and_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, setting: Setting
 ) -> None:
     truth = view_backends.missing_backend
-    monkeypatch.setattr(
-        view_backends,
-        "missing_backend",
-        lambda name: "ffcv is not installed; bring it with: make ffcv" if name == "ffcv" else truth(name),
-    )
+
+    def missing(name: str) -> str | None:
+        return "ffcv is not installed; bring it with: make ffcv" if name == "ffcv" else truth(name)
+
+    for module in (view_backends, view_work):
+        monkeypatch.setattr(module, "missing_backend", missing)
     records = run(
         "views", dataclasses.replace(setting, for_gpu=False, backends=("dali", "webdataset", "ffcv"))
     )
@@ -174,7 +176,7 @@ def test_views_that_differ_from_the_references_are_refused() -> None:
     assert "are its own" in check("ffcv", [views(9, first=5)], [views(7)], work)
 
 
-WORK = view_backends.Work(
+WORK = Work(
     catalog=None,  # type: ignore[arg-type]
     images=None,  # type: ignore[arg-type]
     recipe=v2(size=4),
