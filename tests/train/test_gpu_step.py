@@ -155,7 +155,7 @@ def exact_convolutions() -> contextlib.AbstractContextManager[None]:
 @pytest.mark.filterwarnings("ignore")  # the compiler's advice
 @needs_gpu("that compiled encoders give eager's curve on a GPU, and wait for nothing")
 def test_compiled_encoders_follow_the_eager_curve_and_wait_for_nothing(tmp_path: Path) -> None:
-    """Twin: none on the CPU but the loop itself; what --compile may change is bounded here alone."""
+    """Twin: test_compiled.py, where the compiler traces the encoders and leaves the kernels as they are."""
     found = []
     for compiled in (False, True):
         config = small(precision="fp32", compile=compiled)
