@@ -62,20 +62,34 @@ def two_views_graph(
         dtype=[types.UINT8, types.FLOAT, types.FLOAT],
         ndim=[1, 1, 1],
     )
-    if device == "gpu":
-        image = fn.decoders.image(
-            jpegs,
-            device="mixed",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-            hw_decoder_load=hw_decoder_load,
-        )
-    else:
-        image = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    image = decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
     return (
         one_view(image, query, size=size, device=device, form=form),
         one_view(image, key, size=size, device=device, form=form),
+    )
+
+
+@pipeline_def(exec_dynamic=True)
+def decode_graph(
+    source: Callable[[], list[npt.NDArray[np.uint8]]], *, device: str, hw_decoder_load: float = 0.65
+) -> Any:
+    """The decoder of `two_views_graph` alone; the output is N images (H, W, 3) uint8."""
+    jpegs = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
+    return decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
+
+
+def decode(jpegs: Any, *, device: str, hw_decoder_load: float) -> Any:
+    """(H, W, 3) uint8 RGB on the device; EXIF turns nothing."""
+    if device == "cpu":
+        return fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    return fn.decoders.image(
+        jpegs,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # The CPU's and every other decoder's way of bringing chroma to full size.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
     )
 
 

@@ -62,11 +62,16 @@ def open_backend(
     device: str = "cpu",
     num_threads: int | None = None,
     prefetch: int = 2,
+    hw_decoder_load: float | None = None,
 ) -> Backend:
-    """The backend of that name. Raises UserError with the nearest name where there is none."""
+    """The backend of that name. Raises UserError with the nearest name where there is none.
+
+    hw_decoder_load: the share of a batch that a GPU's JPEG unit decodes for dali; None: dali_graph's own.
+    """
     if name not in _CLASSES:
         raise nearest(name, list(_CLASSES), what="backend")
     module, class_name = _CLASSES[name]
+    own = {"hw_decoder_load": hw_decoder_load} if name == "dali" and hw_decoder_load is not None else {}
     backend: Backend = getattr(importlib.import_module(module), class_name)(
         recipe=recipe,
         seed=seed,
@@ -74,6 +79,7 @@ def open_backend(
         device=device,
         num_threads=num_threads or default_num_threads(),
         prefetch=prefetch,
+        **own,
     )
     return backend
 
@@ -155,6 +161,7 @@ def open_views(
     window_shards: int = DEFAULT_WINDOW_SHARDS,
     num_threads: int | None = None,
     prefetch: int = 2,
+    hw_decoder_load: float | None = None,
     bad_share: float = DEFAULT_BAD_SHARE,
     on_bad: Callable[[BadSample], None] = log_bad_sample,
 ) -> ViewLoader:
@@ -162,6 +169,7 @@ def open_views(
 
     num_lanes: None takes `default_num_lanes(global_batch)`; the world size must divide it.
     num_threads: None takes the cores that this rank has. prefetch: batches made ahead.
+    hw_decoder_load: as in `open_backend`.
     bad_share: the share of an epoch's samples that may be replaced; on_bad is told each that is found bad.
     Raises UserError before any image is read, for whatever cannot work.
     """
@@ -201,6 +209,7 @@ def open_views(
         device=device,
         num_threads=num_threads,
         prefetch=prefetch,
+        hw_decoder_load=hw_decoder_load,
     )
     return ViewLoader(
         views,

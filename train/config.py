@@ -205,11 +205,17 @@ class Speed:
     """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
     prefetch: int = 2
     """Batches that the loader prepares ahead."""
+    hw_decoder_load: float = 0.65
+    """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
 
     def __post_init__(self) -> None:
         _at_least("micro_batch", self.micro_batch, 1)
         _at_least("loader_threads", self.loader_threads, 1)
         _at_least("prefetch", self.prefetch, 1)
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(
+                f"hw_decoder_load={self.hw_decoder_load} is no share of a batch; give one in [0, 1], as 0.65"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

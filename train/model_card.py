@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from linerate import __version__
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.config import TrainConfig
 from linerate.train.detectron2_names import CONFIG_LINES, depth_of
@@ -46,7 +47,7 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ),
         ("trained", f"{trained.step:,} steps, {trained.images:,} images"),
         ("checkpoint", trained.path.name),
-        ("versions", ", ".join(f"{name} {version(name)}" for name in ("linerate", "torch", "timm"))),
+        ("versions", f"linerate {__version__}, torch {version('torch')}, timm {version('timm')}"),
     ]
 
 

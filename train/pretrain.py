@@ -156,6 +156,7 @@ def _open_run(
         num_lanes=config.lanes,
         num_threads=config.speed.loader_threads,
         prefetch=config.speed.prefetch,
+        hw_decoder_load=config.speed.hw_decoder_load,
         bad_share=config.watch.bad_share,
         on_bad=folder.bad_sample_log(rank=accelerator.process_index),
     )

@@ -11,10 +11,11 @@ import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from linerate.bench.contest import Bar, Ceiling, Contest, Setting, timed_record
+from linerate.bench.contest import Bar, Ceiling, Contest, Setting, missing_record, timed_record
 from linerate.bench.images import load_images
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
+from linerate.bench.suites.view_work import missing_backend
 from linerate.bench.timing import MIN_ROUNDS, Side, interleave
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
@@ -75,13 +76,27 @@ def measure_pipeline(
 
 
 def bench_train(setting: Setting) -> Iterator[Record]:
-    """The recipe `demo` on generated images."""
+    """The recipe `demo` on generated images; on a GPU `in1m-v2`, whose step a GPU is there for."""
     num_images, batch, budget_s = setting.pick(
-        tiny=(40, 8, 0.0), quick=(300, 32, 5.0), full=(1000, 128, 60.0)
+        tiny=(40, 8, 0.0),
+        quick=(300, 32, 5.0),
+        full=(2048, 256, 25.0) if setting.for_gpu else (1000, 128, 60.0),
     )
     images = load_images(setting.images, num_images=num_images)
     catalog = pack(images.root, setting.scratch / "pipeline-shards", num_workers=0)
-    config = find_recipe("demo").build()
+    config = find_recipe("in1m-v2" if setting.for_gpu else "demo").build()
+    if lacking := missing_backend(config.views.backend):
+        work = f"loader and step: {config.model.encoder}, --backend {config.views.backend}"
+        alone = Contest(peer=None, work=work, unit="pairs/s", amount=1, ours=Side(run=lambda: None))
+        yield missing_record(NAME, alone, missing=f"{lacking}; measured by --backend torch instead")
+        config = dataclasses.replace(config, views=dataclasses.replace(config.views, backend="torch"))
+    if setting.for_gpu and setting.size == "tiny":
+        config = dataclasses.replace(
+            config,
+            views=dataclasses.replace(config.views, size=32),
+            model=dataclasses.replace(config.model, encoder="tiny-resnet-w4"),
+            dictionary=dataclasses.replace(config.dictionary, num_keys=64),
+        )
     if setting.size != "full":
         config = dataclasses.replace(
             config,
@@ -196,4 +211,5 @@ class Stages:
             num_lanes=config.lanes,
             num_threads=config.speed.loader_threads,
             prefetch=config.speed.prefetch,
+            hw_decoder_load=config.speed.hw_decoder_load,
         )

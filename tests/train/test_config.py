@@ -102,6 +102,7 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: Schedule(factor=0.0), "factor=0.0"),
         (lambda: Schedule(milestones=(160, 120)), "must rise"),
         (lambda: Speed(prefetch=0), "prefetch=0 is too small"),
+        (lambda: Speed(hw_decoder_load=1.2), "hw_decoder_load=1.2 is no share of a batch"),
         (lambda: Watch(log_steps=0), "log_steps=0 is too small"),
         (lambda: Watch(knn_test_share=1.0), "knn_test_share=1.0"),
         (lambda: Watch(knn_temperature=0.0), "knn_temperature=0.0"),
