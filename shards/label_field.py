@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class FieldLabelledSource:
     field: str
 
     @property
-    def containers(self) -> list[Path]:
+    def containers(self) -> Sequence[Path | str]:
         return self.source.containers
 
     def rows(self) -> Iterator[SourceRow | SourceReject]:
