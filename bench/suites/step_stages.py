@@ -15,6 +15,7 @@ from linerate.bench.record import Record
 from linerate.bench.suites import step as steps
 from linerate.bench.suites.gpu_step import GROUPS, shape_of
 from linerate.bench.timing import Side, synchronize
+from linerate.train.key_queue import KeyQueue
 
 
 class StageClock:
@@ -74,7 +75,9 @@ def timed_step(ours: steps.OurStep, clock: StageClock) -> Callable[[Tensor, Tens
     backward, step = train._backward, ours.optimizer.step
     ours.optimizer.step = around(step, before="backward", stage="SGD")  # type: ignore[method-assign]
     moco.update_key_encoder = around(moco.update_key_encoder, before="SGD", stage="EMA")  # type: ignore[method-assign]
-    moco.dictionary.enqueue = around(moco.dictionary.enqueue, before="EMA", stage="enqueue")  # type: ignore[method-assign]
+    queue = moco.dictionary
+    assert isinstance(queue, KeyQueue)
+    queue.enqueue = around(queue.enqueue, before="EMA", stage="enqueue")  # type: ignore[method-assign]
     marked = around(backward, before="loss", stage="backward")
 
     def run(query_images: Tensor, key_images: Tensor) -> Tensor:
