@@ -3,6 +3,7 @@
 Legend: N queries, K keys, C dimensions.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
@@ -12,8 +13,9 @@ from torch.nn.functional import normalize
 
 from linerate.bench.contest import Bar, Ceiling, Contest, Count, Disagreement, Setting
 from linerate.bench.counting import OpCounter
+from linerate.bench.heap import heap_without_holes
 from linerate.bench.suites import train_peers as peers
-from linerate.bench.timing import Side
+from linerate.bench.timing import Side, one_core
 from linerate.train.ema import ema_update
 from linerate.train.encoder import build_encoder
 from linerate.train.infonce import infonce
@@ -142,20 +144,24 @@ def bench_infonce(setting: Setting) -> Iterator[Contest | Count]:
 
     peer, work = "cat + cross_entropy", f"loss + grad, N={num}, K={num_keys}, C={DIM}, fp32"
     full_size = setting.size == "full"
-    yield Contest(
-        peer=peer,
-        work=f"{work}, {name_threads()}",
-        unit="losses/s",
-        amount=1,
-        ours=Side(run=run_ours),
-        theirs=Side(run=run_theirs),
-        agree=agree,
-        bar=Bar(2.8, full_size=full_size),
-        ceiling=Ceiling(
-            name="its two matrix products",
-            side=Side(run=lambda: query.detach() @ columns @ negatives),
-        ),
-    )
+    num_bytes = num * num_keys * 4
+    # Fewer cores first: one_core gives all of them back.
+    for cores, which in ((one_core(), "one core"), (contextlib.nullcontext(), "all cores")):
+        with cores, heap_without_holes(num_bytes):
+            yield Contest(
+                peer=peer,
+                work=f"{work}, {which}, memory as inside a step",
+                unit="losses/s",
+                amount=1,
+                ours=Side(run=run_ours),
+                theirs=Side(run=run_theirs),
+                agree=agree,
+                bar=Bar(2.8, full_size=full_size),
+                ceiling=Ceiling(
+                    name="its two matrix products",
+                    side=Side(run=lambda: query.detach() @ columns @ negatives),
+                ),
+            )
     ours, theirs = (count_side(side, open_operators=True) for side in (run_ours, run_theirs))
     most_mib = 0.1 * num * (num_keys + 1) * 4 / 2**20
     yield Count(
