@@ -3,7 +3,7 @@
 Two forms that agree to rounding: `infonce_plain` keeps the N x (K + 1) logits, `infonce` streams over the
 negatives and holds a few per cent of them. The negatives have no gradient, so one pass gives the loss, the
 gradient to the queries and the ranks of the positives. On one core at N=256, K=65536, C=128 in float32 it
-takes little more than its two matrix products.
+takes little more than its two matrix products. On a GPU kernels/infonce.py does the same in two launches.
 Legend: N queries, K negatives, C dimensions, M negatives in a chunk.
 """
 
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from linerate.train.kernels import on_kernels
 
 
 class InfoNce(NamedTuple):
@@ -129,7 +131,18 @@ def _chunks(query: Tensor, negatives: Tensor) -> Iterator[tuple[Tensor, Tensor, 
 
 
 # One operator to autograd, torch.compile and CUDA graphs, whatever runs inside.
-_streamed = torch.library.custom_op("linerate::infonce", infonce_pass, mutates_args=())
+@torch.library.custom_op("linerate::infonce", mutates_args=())
+def _streamed(
+    query: Tensor, key: Tensor, negatives: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (query, key, negatives, temperature)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = on_kernels(
+        "infonce",
+        query.device,
+        lambda module: module.infonce_kernels(*rows),
+        otherwise=lambda: infonce_pass(*rows),
+    )
+    return found
 
 
 @_streamed.register_fake
