@@ -19,7 +19,7 @@ def heap_without_holes(num_bytes: int, *, most: int = 64) -> Iterator[None]:
     The state inside a MoCo step on a CPU: there cat + cross_entropy at N=256, K=65536 faulted in all
     98,310 pages of its temporaries at every step (resnet18 at 32 px, resnet50 at 64 px).
     """
-    plugs = []
+    plugs: list[torch.Tensor] = []
     while len(plugs) < most and not _is_faulted_in(num_bytes):
         plugs.append(torch.empty(num_bytes, dtype=torch.uint8))
     try:

@@ -61,6 +61,8 @@ class MoCo:
         self.dictionary, self.bn_group = dictionary, bn_group
         self.temperature, self.ema_momentum = temperature, ema_momentum
         self.shuffle = shuffle if shuffle is not None else KeyShuffle()
+        # Set by the fused optimizer, which moves the key encoder in its own pass.
+        self.ema_in_optimizer = False
         # What the step calls: the loop puts the DDP-wrapped or compiled encoder here.
         self.query_forward: Callable[[Tensor], Tensor] = self.query_encoder
         self.key_forward: Callable[[Tensor], Tensor] = self.key_encoder
@@ -69,8 +71,8 @@ class MoCo:
             list(bn_modules(self.query_encoder)),
             list(bn_modules(self.key_encoder)),
         )
-        self._query_params = parameter_list(self.query_encoder.parameters())
-        self._key_params = parameter_list(self.key_encoder.parameters())
+        self.query_params = parameter_list(self.query_encoder.parameters())
+        self.key_params = parameter_list(self.key_encoder.parameters())
 
     def to(self, device: torch.device | str, *, channels_last: bool = True) -> MoCo:
         """Move everything, in place. Parameters stay the same objects, so an optimizer may exist already."""
@@ -105,8 +107,9 @@ class MoCo:
             set_part(modules, 0, 1)
 
     def update_key_encoder(self) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q."""
-        ema_update(self._key_params, self._query_params, ema_momentum=self.ema_momentum)
+        """theta_k <- m theta_k + (1 - m) theta_q, unless the optimizer's step has done it."""
+        if not self.ema_in_optimizer:
+            ema_update(self.key_params, self.query_params, ema_momentum=self.ema_momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Both encoders and the dictionary as one flat dict; tensors are references, not copies."""
