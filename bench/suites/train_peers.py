@@ -34,7 +34,7 @@ class ReferenceQueue:
     def __init__(self, keys: Tensor) -> None:
         """keys: (K, C), copied."""
         self.queue = keys.T.contiguous()
-        self.pointer = torch.zeros(1, dtype=torch.long)
+        self.pointer = torch.zeros(1, dtype=torch.long, device=keys.device)
 
     def for_logits(self) -> Tensor:
         """(C, K): a copy, since the queue changes before the backward pass reads it."""

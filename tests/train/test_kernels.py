@@ -13,6 +13,9 @@ pytest.importorskip("triton", reason="all Triton kernels stay untested")
 from linerate.train.kernels.infonce import infonce_kernels, tiling
 from linerate.train.kernels.sgd_ema import SgdEma
 
+# Triton 3.6's interpreter makes numbers of arrays of one element: NumPy 2.3 warns, 2.4 refuses.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

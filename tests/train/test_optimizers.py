@@ -16,17 +16,17 @@ from linerate.train.optimizers import FusedSgd, Lars, build_optimizer
 from linerate.train.step import MoCo
 
 
-def small_moco() -> MoCo:
+def small_moco(device: str = "cpu") -> MoCo:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5))
     encoder(torch.zeros(2, 3, 6, 6))
-    return MoCo(encoder, KeyQueue(8, 5)).to("cpu")
+    return MoCo(encoder, KeyQueue(8, 5)).to(device)
 
 
 def give_gradients(params: list[Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator)
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device)
 
 
 def lars_plain(
@@ -114,7 +114,9 @@ def test_fused_sgd_equals_torch_sgd_then_ema(form: str) -> None:
     pytest.importorskip("triton", reason="the fused update's kernel stays untested")
     from linerate.train.kernels import sgd_ema
 
-    ours, theirs = small_moco(), small_moco()
+    # The kernel needs a GPU, or the interpreter of tests/conftest.py.
+    device = "cuda" if form == "kernel" and torch.cuda.is_available() else "cpu"
+    ours, theirs = small_moco(device), small_moco(device)
     ours.ema_momentum = theirs.ema_momentum = 0.9
     one = fused(ours)
     two = torch.optim.SGD(theirs.query_params, lr=0.1, momentum=0.9, weight_decay=0.01)
