@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from linerate.shards.errors import UserError
-from linerate.train.ema import ema_update, parameter_list
+from linerate.train.ema import FlatEma, parameter_list
 from linerate.train.infonce import InfoNce, infonce
 from linerate.train.key_queue import KeyQueue
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules, set_bn_group, set_part
@@ -73,6 +73,7 @@ class MoCo:
         )
         self.query_params = parameter_list(self.query_encoder.parameters())
         self.key_params = parameter_list(self.key_encoder.parameters())
+        self._ema = FlatEma(self.key_params, self.query_params)
 
     def to(self, device: torch.device | str, *, channels_last: bool = True) -> MoCo:
         """Move everything, in place. Parameters stay the same objects, so an optimizer may exist already."""
@@ -80,6 +81,7 @@ class MoCo:
         for encoder in (self.query_encoder, self.key_encoder):
             encoder.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         self.dictionary.to(device)
+        self._ema = FlatEma(self.key_params, self.query_params)
         return self
 
     def num_parts(self, num_images: int, micro_batch: int | None) -> int:
@@ -109,7 +111,7 @@ class MoCo:
     def update_key_encoder(self) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q, unless the optimizer's step has done it."""
         if not self.ema_in_optimizer:
-            ema_update(self.key_params, self.query_params, ema_momentum=self.ema_momentum)
+            self._ema.update(ema_momentum=self.ema_momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Both encoders and the dictionary as one flat dict; tensors are references, not copies."""

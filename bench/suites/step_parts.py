@@ -16,7 +16,7 @@ from linerate.bench.counting import OpCounter
 from linerate.bench.heap import heap_without_holes
 from linerate.bench.suites import train_peers as peers
 from linerate.bench.timing import Side, one_core
-from linerate.train.ema import ema_update
+from linerate.train.ema import FlatEma
 from linerate.train.encoder import build_encoder
 from linerate.train.infonce import infonce
 from linerate.train.key_queue import KeyQueue
@@ -49,8 +49,11 @@ def ema_on(device: str, setting: Setting) -> Iterator[Contest]:
     for peer, (update, bar) in forms.items():
         ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
 
-        def run_ours(ours: list[Tensor] = ours) -> None:
-            ema_update(ours, query, ema_momentum=EMA_MOMENTUM)
+        # As MoCo.to lays its encoders; the peer's stay as torch made them.
+        ema = FlatEma(ours, [p.clone() for p in query])
+
+        def run_ours(ema: FlatEma = ema) -> None:
+            ema.update(ema_momentum=EMA_MOMENTUM)
 
         def run_theirs(theirs: list[Tensor] = theirs, update: Callable[..., None] = update) -> None:
             update(theirs, query, EMA_MOMENTUM)
