@@ -133,16 +133,20 @@ class ShuffleBN:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """SGD; weight decay acts on every parameter, BN and biases included, as in the reference."""
+    """SGD, whose weight decay acts on all parameters, BN and biases too, as in the reference; or LARS."""
 
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """sgd; lars, for large batches: no weight decay and no trust ratio for BN and biases, as in v3."""
     global_batch: int = 256
     """B: images of one step over all ranks."""
     lr: float = 0.03
     """Learning rate at the start."""
     sgd_momentum: float = 0.9
-    """SGD's momentum."""
+    """Momentum of SGD and of LARS."""
     weight_decay: float = 1e-4
     """L2 penalty."""
+    trust_coefficient: float = 0.001
+    """lars: a matrix moves by lr x this x its norm, along its gradient."""
 
     def __post_init__(self) -> None:
         _at_least("global_batch", self.global_batch, 2)
@@ -152,6 +156,8 @@ class Optim:
             raise UserError(f"sgd_momentum={self.sgd_momentum} must be in [0, 1); the paper's is 0.9")
         if self.weight_decay < 0:
             raise UserError(f"weight_decay={self.weight_decay} must not be negative; the paper's is 1e-4")
+        if not self.trust_coefficient > 0:
+            raise UserError(f"trust_coefficient={self.trust_coefficient} must be above 0; v3's is 0.001")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,10 @@ class Schedule:
     """exponential: iterations between two decays."""
     cosine_per: Literal["epoch", "step"] = "epoch"
     """cosine: stepped per epoch, as in the reference, or per iteration."""
+    warmup_epochs: int = 0
+    """Epochs over which the rate rises evenly from 0, iteration by iteration; a cosine begins after them."""
+    ema_ramp: Literal["none", "cosine"] = "none"
+    """cosine: m rises to 1 over the run, 1 - (1 - ema_momentum) (1 + cos) / 2 per iteration, as in v3."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
@@ -182,6 +192,12 @@ class Schedule:
         _at_least("epochs", self.epochs, 1)
         _at_least("iterations", self.iterations, 1)
         _at_least("decay_steps", self.decay_steps, 1)
+        _at_least("warmup_epochs", self.warmup_epochs, 0)
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; "
+                "v3 warms up for 10 of 100"
+            )
         if not 0 < self.factor <= 1:
             raise UserError(f"factor={self.factor} must be in (0, 1]; step has 0.1, exponential 0.9")
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -197,6 +213,8 @@ class Speed:
     scales the loss, and the scaler makes the host wait for the device each step."""
     channels_last: bool = True
     """Whether activations lie NHWC in memory."""
+    fused_update: Literal["auto", "on", "off"] = "auto"
+    """Whether SGD and the key encoder's EMA run as one Triton kernel; auto: on a GPU."""
     compile: bool = False
     """Whether torch.compile works on the encoders."""
     micro_batch: int | None = None

@@ -21,6 +21,7 @@ from linerate.train.key_queue import KeyQueue
 from linerate.train.launch import open_autocast, quiet_ddp
 from linerate.train.memory_bank import MemoryBank
 from linerate.train.negatives import KeyDictionary
+from linerate.train.optimizers import build_optimizer
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
 
@@ -97,16 +98,9 @@ class Learner:
             device=accelerator.device,
         )
         self.moco = moco.to(accelerator.device, channels_last=config.speed.channels_last)
-        optim = config.optim
-        sgd = torch.optim.SGD(
-            moco.query_encoder.parameters(),
-            lr=optim.lr,
-            momentum=optim.sgd_momentum,
-            weight_decay=optim.weight_decay,
-            foreach=True,
-        )
+        built = build_optimizer(config.optim, moco, fused_update=config.speed.fused_update)
         with quiet_ddp():
-            query_forward, self.optimizer = accelerator.prepare(moco.query_encoder, sgd)
+            query_forward, self.optimizer = accelerator.prepare(moco.query_encoder, built)
         moco.query_forward = query_forward
         if config.speed.compile:
             moco.query_forward = torch.compile(query_forward)
@@ -115,8 +109,10 @@ class Learner:
         self._sums = torch.zeros(3, device=accelerator.device)
         self._num_summed = 0
 
-    def step(self, batch: TwoViews, *, step: int, lr: float) -> None:
-        """One MoCo step with this learning rate on this rank's share of the batch."""
+    def step(self, batch: TwoViews, *, step: int, lr: float, ema_momentum: float | None = None) -> None:
+        """One MoCo step with this learning rate, and m where it is not the config's, on this rank's share."""
+        if ema_momentum is not None:
+            self.moco.ema_momentum = ema_momentum
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics = train_step(

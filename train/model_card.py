@@ -43,7 +43,8 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ("head", f"{model.head}, to {model.dim} dimensions (not in the file unless it is safetensors)"),
         (
             "optimizer",
-            f"SGD, batch {optim.global_batch}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}",
+            f"{optim.optimizer.upper()}, batch {optim.global_batch}, lr {optim.lr:g}, "
+            f"weight decay {optim.weight_decay:g}",
         ),
         ("trained", f"{trained.step:,} steps, {trained.images:,} images"),
         ("checkpoint", trained.path.name),

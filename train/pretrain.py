@@ -41,7 +41,7 @@ from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
 from linerate.train.run_folder import Damage, RunFolder
-from linerate.train.schedules import lr_at, total_steps
+from linerate.train.schedules import ema_momentum_at, lr_at, total_steps
 from linerate.train.stop import LEAVE_S, StopRequest, stop_on_signals
 from linerate.train.watchdog import Watchdog
 
@@ -259,7 +259,9 @@ class _Run:
             with contextlib.closing(self.loader.epoch(epoch, start_step=start_step)) as views:
                 while not self._over() and (batch := self._next(views)) is not None:
                     lr = self._lr(self.step)
-                    self.learner.step(batch, step=self.step, lr=lr)
+                    self.learner.step(
+                        batch, step=self.step, lr=lr, ema_momentum=self._ema_momentum(self.step)
+                    )
                     self.step += 1
                     self._after_step(epoch, lr)
 
@@ -313,6 +315,14 @@ class _Run:
     def _lr(self, step: int) -> float:
         optim, schedule = self.config.optim, self.config.schedule
         return lr_at(schedule, lr=optim.lr, step=step, steps_per_epoch=self.steps_per_epoch)
+
+    def _ema_momentum(self, step: int) -> float:
+        return ema_momentum_at(
+            self.config.schedule,
+            ema_momentum=self.config.model.ema_momentum,
+            step=step,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
     def _after_step(self, epoch: int, lr: float) -> None:
         """What is due after the step just done, in this order: log, kNN, checkpoint."""

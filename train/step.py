@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from linerate.shards.errors import UserError
 from linerate.train.collectives import gather_rows
-from linerate.train.ema import ema_update, parameter_list
+from linerate.train.ema import FlatEma, parameter_list
 from linerate.train.infonce import InfoNce
 from linerate.train.negatives import KeyDictionary, Lookup
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules, set_bn_group, set_part, to_device
@@ -75,6 +75,8 @@ class MoCo:
         self.dictionary, self.bn_group = dictionary, bn_group
         self.temperature, self.ema_momentum, self.symmetric = temperature, ema_momentum, symmetric
         self.shuffle = shuffle if shuffle is not None else KeyShuffle()
+        # Set by the fused optimizer, which moves the key encoder in its own pass.
+        self.ema_in_optimizer = False
         # What the step calls: the loop puts the DDP-wrapped or compiled encoder here.
         self.query_forward: Callable[[Tensor], Tensor] = self.query_encoder
         self.key_forward: Callable[[Tensor], Tensor] = self.key_encoder
@@ -83,8 +85,9 @@ class MoCo:
             list(bn_modules(self.query_encoder)),
             list(bn_modules(self.key_encoder)),
         )
-        self._query_params = parameter_list(self.query_encoder.parameters())
-        self._key_params = parameter_list(self.key_encoder.parameters())
+        self.query_params = parameter_list(self.query_encoder.parameters())
+        self.key_params = parameter_list(self.key_encoder.parameters())
+        self._ema = self._flat_ema()
 
     def to(self, device: torch.device | str, *, channels_last: bool = True) -> MoCo:
         """Move everything, in place. Parameters stay the same objects, so an optimizer may exist already."""
@@ -92,7 +95,11 @@ class MoCo:
         for encoder in (self.query_encoder, self.key_encoder):
             encoder.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         self.dictionary.to(device)
+        self._ema = self._flat_ema()
         return self
+
+    def _flat_ema(self) -> FlatEma | None:
+        return FlatEma(self.key_params, self.query_params) if self.dictionary.has_key_encoder else None
 
     def num_parts(self, num_images: int, micro_batch: int | None) -> int:
         """How many micro-batches make up the batch. Raises UserError where they would change the result."""
@@ -129,10 +136,12 @@ class MoCo:
         return [(key_images, query_images), one] if self.symmetric else [one]
 
     def update_key_encoder(self) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q, where f_k is an encoder of its own."""
-        if not self.dictionary.has_key_encoder:
-            return
-        ema_update(self._key_params, self._query_params, ema_momentum=self.ema_momentum)
+        """theta_k <- m theta_k + (1 - m) theta_q, where f_k is an encoder of its own.
+
+        Unless the optimizer's step has done it.
+        """
+        if self._ema is not None and not self.ema_in_optimizer:
+            self._ema.update(ema_momentum=self.ema_momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The encoders and the dictionary as one flat dict; tensors are references wherever they can be.

@@ -3,6 +3,7 @@
 Legend: N queries, K keys, C dimensions.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
@@ -12,9 +13,10 @@ from torch.nn.functional import normalize
 
 from linerate.bench.contest import Bar, Ceiling, Contest, Count, Disagreement, Setting
 from linerate.bench.counting import OpCounter
+from linerate.bench.heap import heap_without_holes
 from linerate.bench.suites import train_peers as peers
-from linerate.bench.timing import Side
-from linerate.train.ema import ema_update
+from linerate.bench.timing import Side, one_core
+from linerate.train.ema import FlatEma
 from linerate.train.encoder import build_encoder
 from linerate.train.infonce import infonce
 from linerate.train.key_queue import KeyQueue
@@ -24,19 +26,19 @@ TEMPERATURE = 0.07
 EMA_MOMENTUM = 0.999
 MAX_ENQUEUE_US = 10
 NUM_CAPTURED = 20
+INFONCE_PEER = "cat + cross_entropy"
 
 
 def bench_ema(setting: Setting) -> Iterator[Contest]:
     """The key encoder's update of ResNet-50 with its head, 161 tensors."""
+    device = setting.device
     name = setting.pick(tiny="tiny-resnet-w4", quick="resnet50", full="resnet50")
     torch.manual_seed(0)
-    device = setting.device
     query = [p.detach().to(device) for p in build_encoder(name, dim=DIM).parameters()]
     start = [torch.randn_like(p) for p in query]
     num_bytes = 4 * sum(p.numel() for p in query)
     # Two reads and one write of as many bytes, in one run: what any update must do.
-    source, target = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
-    work = f"{name} + {DIM}-D head, {len(query)} tensors of {num_bytes / 1e6:.0f} MB"
+    source, target = (fill(num_bytes // 4, device=device) for fill in (torch.ones, torch.zeros))
     forms: dict[str, tuple[Callable[..., None], float]] = {
         "the reference's per-tensor loop": (peers.ema_loop, 3.3),
         "lightly's foreach mul-add": (peers.ema_foreach, 1.5),
@@ -44,8 +46,11 @@ def bench_ema(setting: Setting) -> Iterator[Contest]:
     for peer, (update, bar) in forms.items():
         ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
 
-        def run_ours(ours: list[Tensor] = ours) -> None:
-            ema_update(ours, query, ema_momentum=EMA_MOMENTUM)
+        # As MoCo.to lays its encoders; the peer's stay as torch made them.
+        ema = FlatEma(ours, [p.clone() for p in query])
+
+        def run_ours(ema: FlatEma = ema) -> None:
+            ema.update(ema_momentum=EMA_MOMENTUM)
 
         def run_theirs(theirs: list[Tensor] = theirs, update: Callable[..., None] = update) -> None:
             update(theirs, query, EMA_MOMENTUM)
@@ -61,7 +66,8 @@ def bench_ema(setting: Setting) -> Iterator[Contest]:
 
         yield Contest(
             peer=peer,
-            work=f"{work}, {name_place(device)}",
+            work=f"{name} + {DIM}-D head, {len(query)} tensors of {num_bytes / 1e6:.0f} MB, "
+            f"{name_place(device)}",
             unit="updates/s",
             amount=1,
             ours=Side(run=run_ours),
@@ -74,10 +80,11 @@ def bench_ema(setting: Setting) -> Iterator[Contest]:
 
 def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     """One step's keys into the queue; the reference copies the queue for the logits and reads its pointer."""
+    device = setting.device
     num_keys, num_new = setting.pick(tiny=(64, 8), quick=(65536, 256), full=(65536, 256))
     generator = torch.Generator().manual_seed(0)
-    new_keys = normalize(torch.randn(num_new, DIM, generator=generator)).to(setting.device)
-    queue = KeyQueue(num_keys, DIM, generator=generator).to(setting.device)
+    new_keys = normalize(torch.randn(num_new, DIM, generator=generator)).to(device)
+    queue = KeyQueue(num_keys, DIM, generator=generator).to(device)
     reference = peers.ReferenceQueue(queue.keys)
 
     def run_ours() -> None:
@@ -102,17 +109,17 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     size = num_keys * DIM * 4 / 2**20
     yield Contest(
         peer=peer,
-        work=f"{work} ({size:.0f} MiB), {name_place(setting.device)}",
+        work=f"{work} ({size:.0f} MiB), {name_place(device)}",
         unit="enqueues/s",
         amount=1,
         ours=Side(run=run_ours),
         theirs=Side(run=run_theirs),
         agree=agree,
     )
-    if setting.device == "cuda":
+    if device == "cuda":
         yield Contest(
             peer=None,
-            work=f"{work}, {NUM_CAPTURED} in one captured graph, {name_place(setting.device)}",
+            work=f"{work}, {NUM_CAPTURED} in one captured graph, {name_place(device)}",
             unit="enqueues/s",
             amount=NUM_CAPTURED,
             ours=Side(run=captured(run_ours, times=NUM_CAPTURED)),
@@ -129,59 +136,88 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     )
 
 
+class InfoNceSides:
+    """Ours and cat + cross_entropy on the same rows; N, K as given."""
+
+    def __init__(self, num: int, num_keys: int, *, device: str) -> None:
+        self.name = f"loss + grad, N={num}, K={num_keys}, C={DIM}, fp32"
+        generator = torch.Generator().manual_seed(0)
+        rows = [normalize(torch.randn(n, DIM, generator=generator)).to(device) for n in (num, num, num_keys)]
+        self.query, self.key = rows[0].requires_grad_(), normalize(rows[0].detach() + rows[1])
+        self.negatives = rows[2]
+        self.columns = self.negatives.T.contiguous()
+
+    def ours(self) -> tuple[Tensor, ...]:
+        """Loss, top-1, top-5, and the gradient of the queries."""
+        return self._with_gradient(
+            tuple(infonce(self.query, self.key, self.negatives, temperature=TEMPERATURE))
+        )
+
+    def theirs(self) -> tuple[Tensor, ...]:
+        """The same by the peer."""
+        return self._with_gradient(peers.infonce_cat(self.query, self.key, self.columns, TEMPERATURE))
+
+    def agree(self) -> str:
+        """What was found equal."""
+        return require_close(
+            self.ours(), self.theirs(), what="loss, top-1, top-5 and the gradient of the queries", atol=1e-5
+        )
+
+    def contest(self, where: str, *, bar: Bar) -> Contest:
+        """Both sides, below the ceiling of two matrix products."""
+        return Contest(
+            peer=INFONCE_PEER,
+            work=f"{self.name}, {where}",
+            unit="losses/s",
+            amount=1,
+            ours=Side(run=self.ours),
+            theirs=Side(run=self.theirs),
+            agree=self.agree,
+            bar=bar,
+            ceiling=Ceiling(
+                name="its two matrix products",
+                side=Side(run=lambda: self.query.detach() @ self.columns @ self.negatives),
+            ),
+        )
+
+    def _with_gradient(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.query.grad = None
+        found[0].backward()  # type: ignore[no-untyped-call]
+        assert self.query.grad is not None
+        return (*found, self.query.grad)
+
+
 def bench_infonce(setting: Setting) -> Iterator[Contest | Count]:
     """Loss, its gradient and the pretext accuracy."""
     num, num_keys = setting.pick(tiny=(4, 64), quick=(256, 8192), full=(256, 65536))
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(n, DIM, generator=generator) for n in (num, num, num_keys)]
-    rows = [normalize(row.to(setting.device)) for row in drawn]
-    query, key, negatives = rows[0].requires_grad_(), normalize(rows[0].detach() + rows[1]), rows[2]
-    columns = negatives.T.contiguous()
-
-    def with_gradient(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        query.grad = None
-        found[0].backward()  # type: ignore[no-untyped-call]
-        assert query.grad is not None
-        return (*found, query.grad)
-
-    def run_ours() -> tuple[Tensor, ...]:
-        return with_gradient(tuple(infonce(query, key, negatives, temperature=TEMPERATURE)))
-
-    def run_theirs() -> tuple[Tensor, ...]:
-        return with_gradient(peers.infonce_cat(query, key, columns, TEMPERATURE))
-
-    def agree() -> str:
-        return require_close(
-            run_ours(), run_theirs(), what="loss, top-1, top-5 and the gradient of the queries", atol=1e-5
-        )
-
-    peer, work = "cat + cross_entropy", f"loss + grad, N={num}, K={num_keys}, C={DIM}, fp32"
     full_size = setting.size == "full"
-    yield Contest(
-        peer=peer,
-        work=f"{work}, {name_place(setting.device)}",
-        unit="losses/s",
-        amount=1,
-        ours=Side(run=run_ours),
-        theirs=Side(run=run_theirs),
-        agree=agree,
-        bar=Bar(2.8 if setting.device == "cpu" else 8.0, full_size=full_size),
-        ceiling=Ceiling(
-            name="its two matrix products",
-            side=Side(run=lambda: query.detach() @ columns @ negatives),
-        ),
-    )
-    ours, theirs = (count_side(side, open_operators=True) for side in (run_ours, run_theirs))
+    if setting.device == "cuda":
+        for rows in (num, 4 * num):
+            on_gpu = InfoNceSides(rows, num_keys, device="cuda")
+            yield on_gpu.contest(name_place("cuda"), bar=Bar(8, full_size=full_size))
+    sides = InfoNceSides(num, num_keys, device="cpu")
+    if setting.device == "cpu":
+        yield from _infonce_on_cpu(setting, sides, num * num_keys * 4)
+    ours, theirs = (count_side(side, open_operators=True) for side in (sides.ours, sides.theirs))
     most_mib = 0.1 * num * (num_keys + 1) * 4 / 2**20
     yield Count(
-        peer=peer,
-        work=work,
+        peer=INFONCE_PEER,
+        work=sides.name,
         unit="MiB at peak",
         ours=ours.peak_bytes / 2**20,
         theirs=theirs.peak_bytes / 2**20,
         bar=Bar(round(most_mib, 2), of="ours", at_most=True, full_size=full_size),
         note="the bar is 10 % of N x (K + 1) floats",
     )
+
+
+def _infonce_on_cpu(setting: Setting, sides: InfoNceSides, num_bytes: int) -> Iterator[Contest]:
+    """On one core and on all. num_bytes: of one N x K tensor of the peer."""
+    bar = Bar(2.8, full_size=setting.size == "full")
+    # Fewer cores first: one_core gives all of them back.
+    for cores, which in ((one_core(), "one core"), (contextlib.nullcontext(), "all cores")):
+        with cores, heap_without_holes(num_bytes):
+            yield sides.contest(f"{which}, memory as inside a step", bar=bar)
 
 
 def require_close(

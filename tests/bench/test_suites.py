@@ -98,6 +98,10 @@ def test_enqueue_copies_no_queue_and_waits_for_nothing_while_the_reference_does(
     assert (found["host syncs"].ours, found["host syncs"].theirs) == (0, 1)
 
 
+def test_the_update_of_both_encoders_is_one_launch(measured: Callable[[str], list[Record]]):
+    assert by_unit(measured("sgd-ema"))["launches"].ours == 1
+
+
 def test_the_step_has_fewer_operations_than_plain_eager_and_no_host_sync(
     measured: Callable[[str], list[Record]],
 ):

@@ -73,6 +73,22 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_logits_of_any_size_keep_their_loss_and_gradient(scale: float) -> None:
+    # All far below zero, all far above it, and both in one batch: the plain exponential leaves float32.
+    query, negatives = unit_rows(6, 16, seed=0), unit_rows(700, 16, seed=1)
+    direction = torch.ones(16) / 4
+    for towards in (-direction, direction):
+        rows = normalize(negatives + 4 * towards)
+        near = normalize(query + 4 * direction) * scale
+        args = (rows[:6], rows[6:])
+        wide = [tensor.double() for tensor in (near, *args)]
+        plain, plain_gradient = with_gradient(infonce_plain, *wide, temperature=1.0)
+        found, gradient = with_gradient(infonce, near, *args, temperature=1.0)
+        torch.testing.assert_close(found.loss, plain.loss.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, plain_gradient.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_no_tensor_as_large_as_a_tenth_of_the_logits() -> None:
     num, num_negatives = 256, 16_384
     query, negatives = unit_rows(num, 8, seed=0), unit_rows(num_negatives, 8, seed=1)

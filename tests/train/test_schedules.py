@@ -4,7 +4,7 @@ import math
 import pytest
 
 from linerate.train.config import Schedule
-from linerate.train.schedules import lr_at, lr_boundaries, total_steps
+from linerate.train.schedules import ema_momentum_at, lr_at, lr_boundaries, total_steps
 
 
 def test_step_decays_hold_from_their_milestones_on() -> None:
@@ -59,3 +59,36 @@ def test_cosine_per_step_tells_epochs_and_the_last_step() -> None:
 def test_a_length_counts_epochs_or_iterations() -> None:
     assert total_steps(Schedule(epochs=200), steps_per_epoch=5004) == 1_000_800
     assert total_steps(Schedule(epochs=None, iterations=9), steps_per_epoch=5004) == 9
+
+
+def test_warm_up_rises_from_0_and_the_cosine_begins_after_it_as_in_v3() -> None:
+    schedule = Schedule(decay="cosine", epochs=100, cosine_per="step", warmup_epochs=10)
+    for step in (0, 1, 35, 69, 70, 71, 400, 699):
+        epoch = step / 7
+        expected = 2.4 * (
+            epoch / 10 if epoch < 10 else 0.5 * (1 + math.cos(math.pi * (epoch - 10) / (100 - 10)))
+        )
+        assert lr_at(schedule, lr=2.4, step=step, steps_per_epoch=7) == pytest.approx(expected)
+    told = lr_boundaries(schedule, lr=2.4, steps_per_epoch=7)
+    assert [step for step, _ in told[:12]] == [0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77]
+    assert (told[0][1], told[10][1]) == (0.0, 2.4)
+
+
+def test_warm_up_comes_before_every_other_decay() -> None:
+    for schedule in (
+        Schedule(decay="step", epochs=5, milestones=(3,), warmup_epochs=2),
+        Schedule(decay="exponential", epochs=5, decay_steps=6, warmup_epochs=2),
+        Schedule(decay="cosine", epochs=5, warmup_epochs=2),
+    ):
+        rates = [lr_at(schedule, lr=1.0, step=step, steps_per_epoch=4) for step in range(20)]
+        assert rates[:8] == pytest.approx([step / 8 for step in range(8)])
+        later = lr_boundaries(schedule, lr=1.0, steps_per_epoch=4)[2:]
+        changes = [step for step in range(8, 20) if step == 8 or rates[step] != rates[step - 1]]
+        assert [step for step, _ in later] == changes
+
+
+def test_the_ema_momentum_rises_to_one_by_a_half_cosine_or_stays() -> None:
+    ramp = Schedule(epochs=10, milestones=(), ema_ramp="cosine")
+    found = [ema_momentum_at(ramp, ema_momentum=0.99, step=step, steps_per_epoch=4) for step in (0, 20, 39)]
+    assert found == pytest.approx([0.99, 0.995, 1 - 0.01 * 0.5 * (1 + math.cos(math.pi * 39 / 40))])
+    assert ema_momentum_at(Schedule(), ema_momentum=0.99, step=7, steps_per_epoch=4) == 0.99
