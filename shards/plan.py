@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,6 @@ from linerate.shards.manifest import MANIFEST_NAME, ManifestSource
 from linerate.shards.options import ManifestColumns, Selection, Sizing
 from linerate.shards.plan_rows import (
     DUPLICATE_KEY,
-    PLACE,
     SHARDS_PER_FILE,
     Counts,
     first_rows,
@@ -38,19 +36,24 @@ from linerate.shards.scan import (
     REJECT_SCHEMA,
     REJECTS_NAME,
     SCAN_NAME,
+    SCAN_SCHEMA,
     Listing,
     RejectWriter,
     scan_rows,
     with_final_labels,
 )
+from linerate.shards.shuffle import Shuffle, run_bytes
 from linerate.shards.sources import Source
+
+if TYPE_CHECKING:
+    from linerate.shards.plan_query import PlanQuery
 
 __all__ = ["REJECTS_NAME", "REJECT_SCHEMA", "Plan", "load_options", "make_plan", "shard_bounds"]
 
 HEADER_NAME = "plan.json"
 DEFAULT_MEMORY = "4GB"
-# Up to so many samples Python sorts them before DuckDB has started, into the same order.
-SORTED_HERE = 100_000
+# Of what a plan's header says. 2: the order is that of xxh3_64, no longer of md5.
+PLAN_VERSION = 2
 # Options that plans made before they existed had not; without a value they leave the plan's id as it was.
 _LATER_OPTIONS = frozenset([*Selection.__dataclass_fields__, *ManifestColumns.__dataclass_fields__])
 
@@ -118,8 +121,8 @@ def make_plan(
 ) -> Plan:
     """List the source, select, shuffle globally, cut into shards and store that in `folder`.
 
-    The order is that of md5(seed, key), which is the same on any machine for all time. Memory stays below
-    `memory`: the list goes through Parquet, and DuckDB's sort of a long one spills into the folder.
+    The order is that of xxh3_64(key, seed), which is the same on any machine for all time. Memory stays below
+    `memory`: a long list is sorted in runs that go into the folder.
     A key that occurs twice is a reject, or with --dedup counted as one left out. Raises UserError when
     nothing is left that could be an image.
     """
@@ -127,7 +130,7 @@ def make_plan(
     duplicates = dropped = 0
     with contextlib.ExitStack() as stack:
         rejects = stack.enter_context(RejectWriter(folder, Counter()))
-        listing, counts, batches = _open_sorted(
+        selected = _select(
             source,
             folder,
             stack,
@@ -137,6 +140,7 @@ def make_plan(
             rejects=rejects,
             on_rows=on_rows,
         )
+        listing, counts = selected.listing, selected.counts
         if not counts.num_rows:
             raise UserError(_nothing_found(listing, counts.filtered))
 
@@ -157,7 +161,7 @@ def make_plan(
             numbered=listing.numbered,
             sources=absolute_paths(source),
         )
-        tables = first_rows(settle(batches, drop=drop), selection.limit)
+        tables = first_rows(settle(selected.tables, drop=drop), selection.limit)
         written = _write_cut(tables, folder, expected=expected, facts=facts, sizing=sizing, options=options)
     if not written.counts.num_rows:
         raise UserError(_nothing_found(listing, counts.filtered))
@@ -238,7 +242,17 @@ class _Written:
     plan_id: str
 
 
-def _open_sorted(
+@dataclass(frozen=True)
+class _Selected:
+    """What a selection leaves of a source, shuffled."""
+
+    listing: Listing
+    counts: Counts
+    tables: Iterator[Any]
+    """In order of PLACE."""
+
+
+def _select(
     source: Source | ManifestSource,
     folder: Path,
     stack: contextlib.ExitStack,
@@ -248,42 +262,66 @@ def _open_sorted(
     memory: str,
     rejects: RejectWriter,
     on_rows: Callable[[float], None],
-) -> tuple[Listing, Counts, Iterator[Any]]:
-    """The source's list, how much of it the selection leaves, and that in order of PLACE."""
-    classes: Any = None
-    if not isinstance(source, ManifestSource):
-        listing, classes = scan_rows(source, folder, rejects, on_rows=on_rows)
-        counts = Counts({}, listing.num_rows or 0, listing.num_known, listing.known_bytes)
-        if counts.num_rows <= SORTED_HERE and not selection.filters:
-            return listing, counts, _sorted_here(folder, classes, seed=seed)
+) -> _Selected:
+    """List the source and shuffle what the selection leaves of it. `stack` holds what that needs open."""
+    sample = selection.sample
+    shuffle = stack.enter_context(Shuffle(folder, seed=seed, run_bytes=run_bytes(memory), sample=sample))
+    sizes = _Sizes()
+    if isinstance(source, ManifestSource) or selection.asks_sql:
+        query = _open_query(source, folder, stack, selection, memory, rejects, on_rows)
+        listing, filtered = query.listing, query.count_filtered()
+        for batch in query.batches():
+            sizes.add(shuffle.add(batch))
+            if isinstance(source, ManifestSource):
+                on_rows(len(batch))
+        tables = query.finish(shuffle.sorted_tables())
+    else:
+        listing, classes = scan_rows(
+            source, rejects, write=lambda table: sizes.add(shuffle.add(table)), on_rows=on_rows
+        )
+        filtered = {}
+        tables = (with_final_labels(table, classes) for table in shuffle.sorted_tables())
+    if sample is not None and sample < 1:
+        filtered["sample"] = shuffle.num_left_out
+    return _Selected(listing, Counts(filtered, shuffle.num_rows, sizes.num_known, sizes.num_bytes), tables)
+
+
+@dataclass
+class _Sizes:
+    """Of rows whose bytes are known."""
+
+    num_known: int = 0
+    num_bytes: int = 0
+
+    def add(self, table: Any) -> None:
+        if "size" not in table.column_names:
+            return
+        sizes = table.column("size").to_numpy()
+        self.num_known += int(np.count_nonzero(sizes >= 0))
+        self.num_bytes += int(sizes[sizes >= 0].sum())
+
+
+def _open_query(
+    source: Source | ManifestSource,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    selection: Selection,
+    memory: str,
+    rejects: RejectWriter,
+    on_rows: Callable[[float], None],
+) -> PlanQuery:
+    """The selection of the source as SQL; what has no SQL of its own goes through scan.parquet."""
     # Here, because every packing process loads plans and none but the first makes one.
     from linerate.shards.plan_query import PlanQuery, open_database, open_scan
 
-    db = stack.enter_context(open_database(folder, memory=memory))
     if isinstance(source, ManifestSource):
-        listing = source.open_listing(db, folder, rejects)
-    else:
-        open_scan(db, folder, listing, classes)
-    query = PlanQuery(db, listing, selection, seed=seed)
-    if isinstance(source, ManifestSource) or selection.filters:
-        counts = query.count()
-        on_rows(counts.num_rows)
-    return listing, counts, query.sorted_batches()
-
-
-def _sorted_here(folder: Path, classes: Any, *, seed: int) -> Iterator[Any]:
-    table = with_final_labels(pq.read_table(folder / SCAN_NAME), classes)
-    prefix = f"{seed}:".encode()
-    # What md5_number_lower means in DuckDB: the last 8 bytes, the least significant one first.
-    places = np.array(
-        [
-            int.from_bytes(hashlib.md5(prefix + key.encode()).digest()[8:], "little")
-            for key in table.column("key").to_pylist()
-        ],
-        np.uint64,
-    )
-    order = np.argsort(places, kind="stable")
-    yield from table.append_column(PLACE, pa.array(places)).take(pa.array(order)).to_batches()
+        db = stack.enter_context(open_database(folder, memory=memory))
+        return PlanQuery(db, source.open_listing(db, folder, rejects), selection)
+    with pq.ParquetWriter(folder / SCAN_NAME, SCAN_SCHEMA, compression="zstd", compression_level=1) as writer:
+        listing, classes = scan_rows(source, rejects, write=writer.write_table, on_rows=on_rows)
+    db = stack.enter_context(open_database(folder, memory=memory))
+    open_scan(db, folder, listing, classes)
+    return PlanQuery(db, listing, selection)
 
 
 def _write_cut(
@@ -336,7 +374,11 @@ def _write_header(folder: Path, written: _Written, facts: _Facts, options: dict[
         num_shards=written.num_shards,
         **vars(facts),
     )
-    document = {"options": options, "plan": {k: v for k, v in vars(plan).items() if k != "folder"}}
+    document = {
+        "version": PLAN_VERSION,
+        "options": options,
+        "plan": {k: v for k, v in vars(plan).items() if k != "folder"},
+    }
     temp = folder / f".{HEADER_NAME}.tmp"
     temp.write_text(json.dumps(document), encoding="utf-8")
     temp.replace(folder / HEADER_NAME)
