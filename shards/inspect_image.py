@@ -86,7 +86,7 @@ class RejectedError(Exception):
         return RejectedError, (self.reason, self.detail)  # it travels between processes
 
 
-def check_header(data: Buffer, *, max_pixels: int) -> JpegHeader:
+def check_header(data: Buffer, *, max_pixels: int, min_side: int = 1) -> JpegHeader:
     """What the JPEG's header says, after checking markers, dimensions and the end-of-image marker.
 
     Nothing is decoded, so damage inside the image data passes; see check_decode. Raises RejectedError.
@@ -97,7 +97,7 @@ def check_header(data: Buffer, *, max_pixels: int) -> JpegHeader:
         height, width, flags, scan = _walk_header(data)
     except IndexError:
         raise RejectedError("cut short", "ends inside the header") from None
-    check_size(height, width, max_pixels=max_pixels)
+    check_size(height, width, max_pixels=max_pixels, min_side=min_side)
     if data[-2:] != b"\xff\xd9":
         # A thumbnail inside EXIF ends with the same marker, so only one behind the scan counts.
         if bytes(data[scan:]).rfind(b"\xff\xd9") < 0:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import socket
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -22,12 +22,19 @@ from linerate.shards.careful import careful_judge
 from linerate.shards.fetch import SampleReader, hide_userinfo
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.image_policy import Judge, make_judge
-from linerate.shards.inspect_image import JpegHeader, RejectedError
+from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
 from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.spill import spilled_rows
-from linerate.shards.tar_writer import TarWriter
+from linerate.shards.tar_writer import (
+    BLOCK,
+    MAX_MEMBER_BYTES,
+    TarWriter,
+    padded,
+    ustar_header,
+    ustar_headers,
+)
 from linerate.shards.upload import send_shard
 
 INDEX_SCHEMA = pa.schema(
@@ -97,13 +104,8 @@ class ShardMark:
 class _Columns:
     """The index of the shard being written."""
 
-    row: array[int] = field(default_factory=lambda: array("q"))
-    offset: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
-    height: array[int] = field(default_factory=lambda: array("i"))
-    width: array[int] = field(default_factory=lambda: array("i"))
-    xxh3_64: array[int] = field(default_factory=lambda: array("Q"))
-    flags: array[int] = field(default_factory=lambda: array("i"))
+    samples: list[Any] = field(default_factory=list)
+    """(7, n) uint64 arrays: row, offset, size, height, width, flags, xxh3_64."""
     index_lines: list[bytes] = field(default_factory=list)
     rejects: list[tuple[int, str, int, str, str]] = field(default_factory=list)
 
@@ -155,15 +157,15 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
     mark = ShardMark(
         plan_id=plan.plan_id,
         shard=task.number,
-        samples=len(columns.row),
+        samples=len(table),
         tar_bytes=tar_bytes,
         tar_xxh3=tar_xxh3,
-        max_height=max(columns.height, default=0),
-        max_width=max(columns.width, default=0),
-        max_sample_bytes=int(max(table.column("size").to_numpy(), default=0)),
+        max_height=_highest(table, "height"),
+        max_width=_highest(table, "width"),
+        max_sample_bytes=_highest(table, "size"),
         rejects=columns.rejects,
     )
-    text_index = b"\n".join([b"v1.2 %d" % len(columns.row), *columns.index_lines, b""])
+    text_index = b"\n".join([b"v1.2 %d" % len(table), *columns.index_lines, b""])
     return PackedShard(task, fd, temp_tar, text_index, table, mark)
 
 
@@ -244,61 +246,106 @@ def write_samples(
 ) -> _Columns:
     """Read, judge and write every row of a task. Nothing but RejectedError leaves a sample out."""
     columns = _Columns()
-    keys = rows.column("key")
-    sizes: list[int] = rows.column("size").to_pylist()
-    labels: list[int] = rows.column("label").to_pylist()
-    extras: list[bytes | None] = rows.column("extra_json").to_pylist()
     with source as reader:
-        for row, size in enumerate(sizes):
-            if row % REPORT_EVERY == 0 and row:
-                report(REPORT_EVERY)
-            try:
-                size = reader.read_next(writer.room)
-                room = writer.room(size)  # the same bytes: nothing was committed in between
-                taken = judge(room[:size])
-            except RejectedError as reject:
-                columns.rejects.append(
-                    (first_sample_id + row, keys[row].as_py(), max(size, 0), reject.reason, reject.detail)
-                )
-                continue
-            if taken.jpeg is not None:
-                size = len(taken.jpeg)
-                room = writer.room(size)
-                room[:size] = taken.jpeg
-            digest = xxhash.xxh3_64_intdigest(room[:size])
-            header = taken.header
-            _add_sample(writer, columns, first_sample_id, row, size, header, digest, labels[row], extras[row])
-    report((len(sizes) - 1) % REPORT_EVERY + 1)
+        for start in range(0, len(rows), REPORT_EVERY):
+            some = rows.slice(start, REPORT_EVERY)
+            _write_some(writer, reader, some, first_sample_id + start, start, judge, columns)
+            report(len(some))
     return columns
 
 
-def _add_sample(
+def _write_some(
     writer: TarWriter,
-    columns: _Columns,
+    reader: SampleReader,
+    rows: Any,
     first_sample_id: int,
-    row: int,
-    size: int,
-    header: JpegHeader,
-    digest: int,
-    label: int,
-    extra: bytes | None,
+    first_row: int,
+    judge: Judge,
+    columns: _Columns,
 ) -> None:
-    name = b"%012d" % (first_sample_id + row)
-    offset = writer.commit(name + b".jpg", size)
-    line = b"jpg %d %d %b.jpg" % (offset, size, name)
-    if label >= 0:
-        text = b"%d" % label
-        line += b" cls %d %d %b.cls" % (writer.add(name + b".cls", text), len(text), name)
-    if extra is not None:
-        line += b" json %d %d %b.json" % (writer.add(name + b".json", extra), len(extra), name)
-    columns.index_lines.append(line)
-    columns.row.append(row)
-    columns.offset.append(offset)
-    columns.size.append(size)
-    columns.height.append(header.height)
-    columns.width.append(header.width)
-    columns.xxh3_64.append(digest)
-    columns.flags.append(header.flags)
+    """Some rows of a task. What can be known before an image is read is made for all of them at once."""
+    planned: list[int] = rows.column("size").to_pylist()
+    extras: list[bytes | None] = rows.column("extra_json").to_pylist()
+    names = sample_names(first_sample_id, len(rows))
+    headers, label_members = _headers(names, rows)
+    room, data_of, commit, hash_of = writer.room, writer.data, writer.commit, xxhash.xxh3_64_intdigest
+    found: list[tuple[int, ...]] = []
+    extra_at: dict[int, int] = {}
+    for row, size in enumerate(planned):
+        try:
+            size = reader.read_next(room)
+            data = data_of(size)
+            taken = judge(data)
+        except RejectedError as reject:
+            key = rows.column("key")[row].as_py()
+            columns.rejects.append((first_sample_id + row, key, max(size, 0), reject.reason, reject.detail))
+            continue
+        if taken.jpeg is not None:
+            size = len(taken.jpeg)
+            data = room(size)[:size]
+            data[:] = taken.jpeg
+        if size == planned[row]:
+            header = headers[row * BLOCK : (row + 1) * BLOCK]
+        else:
+            header = ustar_header(names[row].tobytes() + b".jpg", size)
+        digest = hash_of(data)
+        offset = commit(header, size, label_members[row])
+        if (extra := extras[row]) is not None:
+            extra_at[row] = writer.add(names[row].tobytes() + b".json", extra)
+        height, width, flags = taken.header
+        found.append((row, offset, size, height, width, flags, digest))
+    if not found:
+        return
+    samples = np.array(found, np.uint64).T
+    columns.index_lines += _index_lines(samples, names, label_members, extra_at, extras)
+    samples[0] += np.uint64(first_row)
+    columns.samples.append(samples)
+
+
+def sample_names(first_sample_id: int, count: int) -> npt.NDArray[np.uint8]:
+    """(count, 12) uint8: the digits of consecutive sample_ids, which the members' names begin with."""
+    numbers = np.arange(first_sample_id, first_sample_id + count)[:, None]
+    return (numbers // 10 ** np.arange(11, -1, -1) % 10 + ord("0")).astype(np.uint8)
+
+
+def _headers(names: npt.NDArray[np.uint8], rows: Any) -> tuple[memoryview, list[bytes]]:
+    """The headers of the images as planned, one after the other, and the whole .cls members, or empty."""
+    sizes = np.maximum(rows.column("size").to_numpy(), 0)
+    headers = ustar_headers(_suffixed(names, b".jpg"), np.minimum(sizes, MAX_MEMBER_BYTES))
+    labels: list[int] = rows.column("label").to_pylist()
+    texts = [b"%d" % label if label >= 0 else b"" for label in labels]
+    lengths = np.array([len(text) for text in texts], np.int64)
+    payloads = np.array(texts, f"S{BLOCK}").view(np.uint8).reshape(len(texts), BLOCK)
+    members = np.hstack([ustar_headers(_suffixed(names, b".cls"), lengths), payloads])
+    joined = members.tobytes()
+    label_members = [
+        joined[row * 2 * BLOCK : (row + 1) * 2 * BLOCK] if text else b"" for row, text in enumerate(texts)
+    ]
+    return memoryview(headers.tobytes()), label_members
+
+
+def _suffixed(names: npt.NDArray[np.uint8], suffix: bytes) -> npt.NDArray[np.uint8]:
+    return np.hstack([names, np.tile(np.frombuffer(suffix, np.uint8), (len(names), 1))])
+
+
+def _index_lines(
+    samples: Any,
+    names: npt.NDArray[np.uint8],
+    label_members: list[bytes],
+    extra_at: dict[int, int],
+    extras: list[bytes | None],
+) -> Iterator[bytes]:
+    """DALI's lines of some samples: kind, offset, size and name of each member."""
+    shown = names.tobytes()
+    for row, offset, size in samples[:3].T.tolist():
+        name = shown[row * 12 : row * 12 + 12]
+        line = b"jpg %d %d %b.jpg" % (offset, size, name)
+        if member := label_members[row]:
+            length = int(member[124:135], 8)
+            line += b" cls %d %d %b.cls" % (offset + padded(size) + BLOCK, length, name)
+        if (extra := extras[row]) is not None:
+            line += b" json %d %d %b.json" % (extra_at[row], len(extra), name)
+        yield line
 
 
 def _judge_for(task: ShardTask) -> Judge:
@@ -311,24 +358,25 @@ def _judge_for(task: ShardTask) -> Judge:
 
 
 def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
-    taken = np.frombuffer(columns.row, np.int64) if columns.row else np.empty(0, np.int64)
+    samples = np.hstack([np.empty((7, 0), np.uint64), *columns.samples])
+    taken = samples[0].astype(np.int64)
     kept = rows.select(["key", "label"]).take(pa.array(taken))
+    facts = dict(zip(("offset", "size", "height", "width", "flags", "xxh3_64"), samples[1:], strict=True))
     arrays = {
+        **{name: pa.array(values).cast(INDEX_SCHEMA.field(name).type) for name, values in facts.items()},
         "sample_id": pa.array(taken + first_sample_id),
         "key": kept.column("key"),
-        "offset": pa.array(columns.offset, pa.int64()),
-        "size": pa.array(columns.size, pa.int64()),
-        "height": pa.array(columns.height, pa.int32()),
-        "width": pa.array(columns.width, pa.int32()),
         "label": kept.column("label"),
-        "xxh3_64": pa.array(columns.xxh3_64, pa.uint64()),
-        "flags": pa.array(columns.flags, pa.int32()),
     }
     index = pa.table([arrays[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
     metadata = [name for name in rows.column_names if name not in SCAN_SCHEMA.names]
     for name, column in zip(metadata, rows.select(metadata).take(pa.array(taken)).columns, strict=True):
         index = index.append_column(name, column)
     return index.combine_chunks()
+
+
+def _highest(table: Any, name: str) -> int:
+    return int(table.column(name).to_numpy().max(initial=0))
 
 
 def _temp_name(task: ShardTask, suffix: str) -> Path:

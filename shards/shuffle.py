@@ -111,14 +111,14 @@ class Shuffle:
 
     def sorted_tables(self) -> Iterator[Any]:
         """All rows, in tables of at most STREAM_ROWS; once. The order of equal places is left open."""
+        parts: list[Any] = []
         for piece, held in enumerate(self._pieces):
-            parts = [pa.Table.from_batches([run.get_batch(piece)]) for run in self._runs] + held
+            parts += [pa.Table.from_batches([run.get_batch(piece)]) for run in self._runs] + held
             held.clear()
-            if parts:
-                table = pa.concat_tables(parts).combine_chunks()  # taking from many chunks is slow
-                order = np.argsort(table.column(PLACE).to_numpy())
-                for start in range(0, len(table), STREAM_ROWS):
-                    yield table.take(pa.array(order[start : start + STREAM_ROWS]))
+            # Pieces of a short list are sorted together: each table costs its readers 0.2 ms.
+            if sum(map(len, parts)) >= STREAM_ROWS or piece == len(self._pieces) - 1:
+                yield from _in_order(parts)
+                parts = []
 
     def _write_run(self, schema: Any) -> None:
         path = self._folder / f"run-{len(self._runs)}.arrow"
@@ -132,3 +132,12 @@ class Shuffle:
         self._held_bytes = 0
         file = self._files.enter_context(pa.OSFile(str(path), "rb"))
         self._runs.append(pa.ipc.open_file(file))
+
+
+def _in_order(parts: list[Any]) -> Iterator[Any]:
+    if not parts:
+        return
+    table = pa.concat_tables(parts).combine_chunks()  # taking from many chunks is slow
+    order = np.argsort(table.column(PLACE).to_numpy())
+    for start in range(0, len(table), STREAM_ROWS):
+        yield table.take(pa.array(order[start : start + STREAM_ROWS]))

@@ -66,7 +66,7 @@ def test_a_sample_that_is_not_committed_leaves_no_trace(tmp_path: Path) -> None:
         writer = TarWriter(file.fileno())
         writer.room(100)[:100] = b"r" * 100
         writer.room(3)[:3] = b"abc"
-        writer.commit(b"kept", 3)
+        writer.commit(ustar_header(b"kept", 3), 3)
         writer.finish()
     assert b"r" not in (tmp_path / "x.tar").read_bytes().replace(b"ustar", b"")
 
