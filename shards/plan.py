@@ -108,6 +108,20 @@ def load_options(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / HEADER_NAME).read_text(encoding="utf-8"))["options"])
 
 
+def refuse_other_version(folder: Path) -> None:
+    """Raise UserError where a plan lies in this folder whose order this version does not make."""
+    try:
+        document = json.loads((folder / HEADER_NAME).read_text(encoding="utf-8"))
+        version = int(document.get("version", 1))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return
+    if version != PLAN_VERSION:
+        raise UserError(
+            f"{folder.parent} was begun by a linerate that shuffles in another order (its plan is of version "
+            f"{version}, this one makes {PLAN_VERSION}); finish it with that one, or give another OUT"
+        )
+
+
 def make_plan(
     source: Source | ManifestSource,
     folder: Path,
