@@ -337,8 +337,8 @@ def _plan(
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "
-            f"{plan.num_samples} now, or other names, sizes, options or an older version's order); give that "
-            f"one, or another OUT"
+            f"{plan.num_samples} now, or other names, sizes or options, or an older version's order); give "
+            f"that one, or another OUT"
         )
     # The header last: it says that the plan is whole.
     for path in sorted(fresh.iterdir(), key=lambda path: path.name == PLAN_HEADER_NAME):

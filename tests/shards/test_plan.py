@@ -10,8 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linerate.shards import plan as plan_module
-from linerate.shards import scan, shuffle
+from linerate.shards import scan, select_rows, shuffle
 from linerate.shards.errors import UserError
 from linerate.shards.options import PackOptions, Sizing
 from linerate.shards.plan import Plan, load_options, make_plan, shard_bounds
@@ -68,7 +67,7 @@ def test_every_sample_is_planned_once_whatever_the_sizes(
         sum(counts[:shard]) for shard in range(plan.num_shards)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "run_bytes", lambda memory: 500)  # runs on disk, of a few rows
+        patch.setattr(select_rows, "run_bytes", lambda memory: 500)  # runs on disk, of a few rows
         patch.setattr(shuffle, "PIECE_BITS", 2)
         patch.setattr(scan, "BATCH_ROWS", 7)
         again = plan_of(tmp_path_factory.mktemp("p") / "b", items[::-1], seed=seed, sizing=sizing)
