@@ -13,7 +13,7 @@ import xxhash
 
 from linerate.shards.fetch import SampleReader
 from linerate.shards.image_policy import Judge
-from linerate.shards.inspect_image import RejectedError
+from linerate.shards.inspect_image import Buffer, RejectedError
 from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.tar_writer import (
     BLOCK,
@@ -100,7 +100,7 @@ def _write_some(
             data = room(size)[:size]
             data[:] = taken.jpeg
         if size == planned[row]:
-            header = headers[row * BLOCK : (row + 1) * BLOCK]
+            header: Buffer = headers[row * BLOCK : (row + 1) * BLOCK]
         else:
             header = ustar_header(names[row].tobytes() + b".jpg", size)
         digest = hash_of(data)
