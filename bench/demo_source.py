@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class SourcePart:
                 continue
             if name == NO_CLASS or num == 1:
                 if self.part == "train":
-                    yield dataclasses.replace(row, label_name=None, label=-1)
+                    yield row._replace(label_name=None, label=-1)
             elif is_test(place, num=num) == (self.part == "test"):
                 yield row
 

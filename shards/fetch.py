@@ -88,20 +88,27 @@ class SampleReader:
         size (what a manifest says of the size of a URL counts for nothing), and OSError or UserError for
         what concerns more than this image.
         """
-        last = min(self._next + READ_AHEAD, len(self._paths))
-        while self._next_ahead < last:
-            self._ahead.append(self._open(self._next_ahead))
-            self._next_ahead += 1
+        if self._next + READ_AHEAD > self._next_ahead < len(self._paths):
+            # Twice as many at once: then most calls need not look.
+            more = range(self._next_ahead, min(self._next + 2 * READ_AHEAD, len(self._paths)))
+            self._ahead.extend(map(self._open, more))
+            self._next_ahead = more.stop
         row, self._next = self._next, self._next + 1
         fd = self._ahead.popleft()
-        if isinstance(fd, OSError):
-            raise RejectedError("unreadable", fd.strerror or type(fd).__name__)
         if fd is None:
             return self._take_remote(room)
+        if isinstance(fd, OSError):
+            raise RejectedError("unreadable", fd.strerror or type(fd).__name__)
+        size = self._size[row]
         if not self._paths[row]:
             return self._read_member(fd, row, room)
         try:
-            return self._read_file(fd, row, room)
+            self._require_size(size)
+            view = room(size)[: size + 1]
+            done = os.readv(fd, [view])
+            if done != size:
+                _require_unchanged(_read_rest(fd, view, done), size)
+            return size
         finally:
             os.close(fd)
 
@@ -110,13 +117,6 @@ class SampleReader:
         body = self._remote.next()
         room(len(body))[: len(body)] = body
         return len(body)
-
-    def _read_file(self, fd: int, row: int, room: Room) -> int:
-        size = self._size[row]
-        self._require_size(size)
-        done = _read_fully(fd, room(size)[: size + 1])
-        _require_unchanged(done, size)
-        return size
 
     def _read_member(self, fd: int, row: int, room: Room) -> int:
         size = self._size[row]
@@ -200,8 +200,7 @@ def _require_unchanged(done: int, size: int) -> None:
         )
 
 
-def _read_fully(fd: int, view: memoryview) -> int:
-    done = os.readv(fd, [view])
+def _read_rest(fd: int, view: memoryview, done: int) -> int:
     # All but the one byte too many is what is expected; less is the file's end or an interrupted read.
     while 0 < done < len(view) - 1 and (more := os.readv(fd, [view[done:]])):
         done += more

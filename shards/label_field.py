@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ class FieldLabelledSource:
             num_labelled += name is not None or label >= 0
             if not num_labelled and len(fields) < _SHOWN_FIELDS:
                 fields.update(dict.fromkeys(document))
-            yield dataclasses.replace(row, label_name=name, label=label)
+            yield row._replace(label_name=name, label=label)
         if num_rows and not num_labelled:
             where = ", ".join(os.fspath(path) for path in self.containers[:3])
             there = (

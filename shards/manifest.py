@@ -251,18 +251,26 @@ class _Columns:
             for name, kind in self.types.items()
             if name not in taken
         }
-        # What the sort carries is kept small: what follows from it is made behind it.
-        fields = {"key": key, "label": label, "size": size or "-1"}
-        after = {
-            "offset": "0::BIGINT",
-            "size": "coalesce(greatest(size, -1), -1)::BIGINT",
-            "label": "coalesce(label, -1)::INTEGER",
-            "extra_json": extra_sql(metadata),
-        }
+        # What the shuffle carries is kept small: what follows from it is made behind it.
+        fields = {"key": key}
+        after: dict[str, str] = {}
+        constants: dict[str, int | None] = {"offset": 0}
+        if size:
+            fields["size"] = f"coalesce(greatest({size}, -1), -1)::BIGINT"
+        else:
+            constants["size"] = -1
+        if self.label:
+            fields["label"] = f"coalesce({label}, -1)::INTEGER"
+        else:
+            constants["label"] = -1
         if survey.num_elsewhere or len(folders) > 1:
             fields["container"] = container_sql(path, folders)
         else:
-            after["container"] = "2::INTEGER"
+            constants["container"] = 2
+        if metadata:
+            after["extra_json"] = extra_sql(metadata)
+        else:
+            constants["extra_json"] = None
         if key != path:
             fields["path"] = path
             after["path"] = path_sql("path")
@@ -272,6 +280,7 @@ class _Columns:
             good=good_sql(path, key, size) if survey.num_bad else "true",
             fields=fields,
             after=after,
+            constants=constants,
             tags=self._tags(),
             containers=[URL_CONTAINER, "/", *folders],
             class_names=class_names,

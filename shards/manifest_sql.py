@@ -131,8 +131,6 @@ def column_sql(sql: str, kind: str) -> str:
 
 def extra_sql(metadata: dict[str, tuple[str, str]]) -> str:
     """SQL of the metadata as one JSON object, in bytes. metadata: column -> (its own name, its type)."""
-    if not metadata:
-        return "NULL::BLOB"
     items = ", ".join(
         f"{literal(name)}: {_json_value(quoted(column), kind)}" for column, (name, kind) in metadata.items()
     )

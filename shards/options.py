@@ -130,9 +130,9 @@ class Selection:
         return Selection(**{field.name: getattr(self, field.name) for field in fields(Selection)})
 
     @property
-    def filters(self) -> bool:
+    def asks_sql(self) -> bool:
         """Are rows left out by what they say?"""
-        return any(value is not None for value in (self.where, self.hashtags, self.sample))
+        return self.where is not None or self.hashtags is not None
 
 
 @dataclass(frozen=True, kw_only=True)

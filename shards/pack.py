@@ -34,7 +34,7 @@ from linerate.shards.out_folder import (
     tidy_folder,
 )
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
-from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
+from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan, refuse_other_version
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
 from linerate.shards.remote_tars import bring_source, is_unread
@@ -194,6 +194,7 @@ def prepare(
     if not base:
         refuse_appended(out)
     wanted = asdict(options) | (base.options if base else {})
+    refuse_other_version(out / WORK_NAME)
     refuse_other_options(out, wanted, base)
     return _plan(source, out, options, wanted, base, effort), base
 
@@ -362,7 +363,8 @@ def _plan(
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "
-            f"{plan.num_samples} now, or other names, sizes or options); give that one, or another OUT"
+            f"{plan.num_samples} now, or other names, sizes or options, or an older version's order); give "
+            f"that one, or another OUT"
         )
     # The header last: it says that the plan is whole.
     for path in sorted(fresh.iterdir(), key=lambda path: path.name == PLAN_HEADER_NAME):

@@ -7,44 +7,26 @@ import json
 import os
 import re
 import socket
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from linerate.shards.careful import careful_judge
 from linerate.shards.fetch import SampleReader, hide_userinfo
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.image_policy import Judge, make_judge
-from linerate.shards.inspect_image import JpegHeader, RejectedError
 from linerate.shards.options import ImagePolicy
 from linerate.shards.plan import Plan
-from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.spill import spilled_rows
 from linerate.shards.tar_writer import TarWriter
 from linerate.shards.upload import send_shard
+from linerate.shards.write_samples import index_table, write_samples
 
-INDEX_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.int64()),
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("label", pa.int32()),
-        ("xxh3_64", pa.uint64()),
-        ("flags", pa.int32()),
-    ]
-)
 MARK_KEY = b"linerate"
-REPORT_EVERY = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +75,6 @@ class ShardMark:
     """What `verify --repair` found wrong with the tar beyond the samples that it left out."""
 
 
-@dataclass
-class _Columns:
-    """The index of the shard being written."""
-
-    row: array[int] = field(default_factory=lambda: array("q"))
-    offset: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
-    height: array[int] = field(default_factory=lambda: array("i"))
-    width: array[int] = field(default_factory=lambda: array("i"))
-    xxh3_64: array[int] = field(default_factory=lambda: array("Q"))
-    flags: array[int] = field(default_factory=lambda: array("i"))
-    index_lines: list[bytes] = field(default_factory=list)
-    rejects: list[tuple[int, str, int, str, str]] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class PackedShard:
     """A shard whose tar lies complete under a temporary name; finish_shard makes it durable and visible."""
@@ -151,19 +118,19 @@ def pack_shard(task: ShardTask, report: Callable[[int], None] = lambda samples: 
         os.close(fd)
         temp_tar.unlink(missing_ok=True)
         raise
-    table = _index_table(rows, columns, first_sample_id=first_sample_id)
+    table = index_table(rows, columns, first_sample_id=first_sample_id)
     mark = ShardMark(
         plan_id=plan.plan_id,
         shard=task.number,
-        samples=len(columns.row),
+        samples=len(table),
         tar_bytes=tar_bytes,
         tar_xxh3=tar_xxh3,
-        max_height=max(columns.height, default=0),
-        max_width=max(columns.width, default=0),
-        max_sample_bytes=int(max(table.column("size").to_numpy(), default=0)),
+        max_height=_highest(table, "height"),
+        max_width=_highest(table, "width"),
+        max_sample_bytes=_highest(table, "size"),
         rejects=columns.rejects,
     )
-    text_index = b"\n".join([b"v1.2 %d" % len(columns.row), *columns.index_lines, b""])
+    text_index = b"\n".join([b"v1.2 %d" % len(table), *columns.index_lines, b""])
     return PackedShard(task, fd, temp_tar, text_index, table, mark)
 
 
@@ -233,74 +200,6 @@ def remove_temps(task: ShardTask) -> None:
         _temp_name(task, suffix).unlink(missing_ok=True)
 
 
-def write_samples(
-    writer: TarWriter,
-    source: SampleReader,
-    rows: Any,
-    *,
-    first_sample_id: int,
-    judge: Judge,
-    report: Callable[[int], None] = lambda samples: None,
-) -> _Columns:
-    """Read, judge and write every row of a task. Nothing but RejectedError leaves a sample out."""
-    columns = _Columns()
-    keys = rows.column("key")
-    sizes: list[int] = rows.column("size").to_pylist()
-    labels: list[int] = rows.column("label").to_pylist()
-    extras: list[bytes | None] = rows.column("extra_json").to_pylist()
-    with source as reader:
-        for row, size in enumerate(sizes):
-            if row % REPORT_EVERY == 0 and row:
-                report(REPORT_EVERY)
-            try:
-                size = reader.read_next(writer.room)
-                room = writer.room(size)  # the same bytes: nothing was committed in between
-                taken = judge(room[:size])
-            except RejectedError as reject:
-                columns.rejects.append(
-                    (first_sample_id + row, keys[row].as_py(), max(size, 0), reject.reason, reject.detail)
-                )
-                continue
-            if taken.jpeg is not None:
-                size = len(taken.jpeg)
-                room = writer.room(size)
-                room[:size] = taken.jpeg
-            digest = xxhash.xxh3_64_intdigest(room[:size])
-            header = taken.header
-            _add_sample(writer, columns, first_sample_id, row, size, header, digest, labels[row], extras[row])
-    report((len(sizes) - 1) % REPORT_EVERY + 1)
-    return columns
-
-
-def _add_sample(
-    writer: TarWriter,
-    columns: _Columns,
-    first_sample_id: int,
-    row: int,
-    size: int,
-    header: JpegHeader,
-    digest: int,
-    label: int,
-    extra: bytes | None,
-) -> None:
-    name = b"%012d" % (first_sample_id + row)
-    offset = writer.commit(name + b".jpg", size)
-    line = b"jpg %d %d %b.jpg" % (offset, size, name)
-    if label >= 0:
-        text = b"%d" % label
-        line += b" cls %d %d %b.cls" % (writer.add(name + b".cls", text), len(text), name)
-    if extra is not None:
-        line += b" json %d %d %b.json" % (writer.add(name + b".json", extra), len(extra), name)
-    columns.index_lines.append(line)
-    columns.row.append(row)
-    columns.offset.append(offset)
-    columns.size.append(size)
-    columns.height.append(header.height)
-    columns.width.append(header.width)
-    columns.xxh3_64.append(digest)
-    columns.flags.append(header.flags)
-
-
 def _judge_for(task: ShardTask) -> Judge:
     """In this process; in one of its own where a worker died on this shard before and left its file."""
     if task.policy.may_crash:
@@ -310,25 +209,8 @@ def _judge_for(task: ShardTask) -> Judge:
     return make_judge(task.policy)
 
 
-def _index_table(rows: Any, columns: _Columns, *, first_sample_id: int) -> Any:
-    taken = np.frombuffer(columns.row, np.int64) if columns.row else np.empty(0, np.int64)
-    kept = rows.select(["key", "label"]).take(pa.array(taken))
-    arrays = {
-        "sample_id": pa.array(taken + first_sample_id),
-        "key": kept.column("key"),
-        "offset": pa.array(columns.offset, pa.int64()),
-        "size": pa.array(columns.size, pa.int64()),
-        "height": pa.array(columns.height, pa.int32()),
-        "width": pa.array(columns.width, pa.int32()),
-        "label": kept.column("label"),
-        "xxh3_64": pa.array(columns.xxh3_64, pa.uint64()),
-        "flags": pa.array(columns.flags, pa.int32()),
-    }
-    index = pa.table([arrays[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
-    metadata = [name for name in rows.column_names if name not in SCAN_SCHEMA.names]
-    for name, column in zip(metadata, rows.select(metadata).take(pa.array(taken)).columns, strict=True):
-        index = index.append_column(name, column)
-    return index.combine_chunks()
+def _highest(table: Any, name: str) -> int:
+    return int(table.column(name).to_numpy().max(initial=0))
 
 
 def _temp_name(task: ShardTask, suffix: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -22,7 +21,6 @@ from linerate.shards.manifest import MANIFEST_NAME, ManifestSource
 from linerate.shards.options import ManifestColumns, Selection, Sizing
 from linerate.shards.plan_rows import (
     DUPLICATE_KEY,
-    PLACE,
     SHARDS_PER_FILE,
     Counts,
     first_rows,
@@ -39,17 +37,16 @@ from linerate.shards.scan import (
     SCAN_NAME,
     Listing,
     RejectWriter,
-    scan_rows,
-    with_final_labels,
 )
+from linerate.shards.select_rows import select_rows
 from linerate.shards.sources import Source, container_name
 
 __all__ = ["REJECTS_NAME", "REJECT_SCHEMA", "Plan", "load_options", "make_plan", "shard_bounds"]
 
 HEADER_NAME = "plan.json"
 DEFAULT_MEMORY = "4GB"
-# Up to so many samples Python sorts them before DuckDB has started, into the same order.
-SORTED_HERE = 100_000
+# Of what a plan's header says. 2: the order is that of xxh3_64, no longer of md5.
+PLAN_VERSION = 2
 # Options that plans made before they existed had not; without a value they leave the plan's id as it was.
 _LATER_OPTIONS = frozenset([*Selection.__dataclass_fields__, *ManifestColumns.__dataclass_fields__])
 
@@ -104,6 +101,20 @@ def load_options(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / HEADER_NAME).read_text(encoding="utf-8"))["options"])
 
 
+def refuse_other_version(folder: Path) -> None:
+    """Raise UserError where a plan lies in this folder whose order this version does not make."""
+    try:
+        document = json.loads((folder / HEADER_NAME).read_text(encoding="utf-8"))
+        version = int(document.get("version", 1))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return
+    if version != PLAN_VERSION:
+        raise UserError(
+            f"{folder.parent} was begun by a linerate that shuffles in another order (its plan is of version "
+            f"{version}, this one makes {PLAN_VERSION}); finish it with that one, or give another OUT"
+        )
+
+
 def make_plan(
     source: Source | ManifestSource,
     folder: Path,
@@ -117,8 +128,8 @@ def make_plan(
 ) -> Plan:
     """List the source, select, shuffle globally, cut into shards and store that in `folder`.
 
-    The order is that of md5(seed, key), which is the same on any machine for all time. Memory stays below
-    `memory`: the list goes through Parquet, and DuckDB's sort of a long one spills into the folder.
+    The order is that of xxh3_64(key, seed), which is the same on any machine for all time. Memory stays below
+    `memory`: a long list is sorted in runs that go into the folder.
     A key that occurs twice is a reject, or with --dedup counted as one left out. Raises UserError when
     nothing is left that could be an image.
     """
@@ -126,7 +137,7 @@ def make_plan(
     duplicates = dropped = 0
     with contextlib.ExitStack() as stack:
         rejects = stack.enter_context(RejectWriter(folder, Counter()))
-        listing, counts, batches = _open_sorted(
+        selected = select_rows(
             source,
             folder,
             stack,
@@ -136,6 +147,7 @@ def make_plan(
             rejects=rejects,
             on_rows=on_rows,
         )
+        listing, counts = selected.listing, selected.counts
         if not counts.num_rows:
             raise UserError(_nothing_found(listing, counts.filtered))
 
@@ -156,7 +168,7 @@ def make_plan(
             numbered=listing.numbered,
             sources=absolute_paths(source),
         )
-        tables = first_rows(settle(batches, drop=drop), selection.limit)
+        tables = first_rows(settle(selected.tables, drop=drop), selection.limit)
         written = _write_cut(tables, folder, expected=expected, facts=facts, sizing=sizing, options=options)
     if not written.counts.num_rows:
         raise UserError(_nothing_found(listing, counts.filtered))
@@ -237,54 +249,6 @@ class _Written:
     plan_id: str
 
 
-def _open_sorted(
-    source: Source | ManifestSource,
-    folder: Path,
-    stack: contextlib.ExitStack,
-    *,
-    seed: int,
-    selection: Selection,
-    memory: str,
-    rejects: RejectWriter,
-    on_rows: Callable[[float], None],
-) -> tuple[Listing, Counts, Iterator[Any]]:
-    """The source's list, how much of it the selection leaves, and that in order of PLACE."""
-    classes: Any = None
-    if not isinstance(source, ManifestSource):
-        listing, classes = scan_rows(source, folder, rejects, on_rows=on_rows)
-        counts = Counts({}, listing.num_rows or 0, listing.num_known, listing.known_bytes)
-        if counts.num_rows <= SORTED_HERE and not selection.filters:
-            return listing, counts, _sorted_here(folder, classes, seed=seed)
-    # Here, because every packing process loads plans and none but the first makes one.
-    from linerate.shards.plan_query import PlanQuery, open_database, open_scan
-
-    db = stack.enter_context(open_database(folder, memory=memory))
-    if isinstance(source, ManifestSource):
-        listing = source.open_listing(db, folder, rejects)
-    else:
-        open_scan(db, folder, listing, classes)
-    query = PlanQuery(db, listing, selection, seed=seed)
-    if isinstance(source, ManifestSource) or selection.filters:
-        counts = query.count()
-        on_rows(counts.num_rows)
-    return listing, counts, query.sorted_batches()
-
-
-def _sorted_here(folder: Path, classes: Any, *, seed: int) -> Iterator[Any]:
-    table = with_final_labels(pq.read_table(folder / SCAN_NAME), classes)
-    prefix = f"{seed}:".encode()
-    # What md5_number_lower means in DuckDB: the last 8 bytes, the least significant one first.
-    places = np.array(
-        [
-            int.from_bytes(hashlib.md5(prefix + key.encode()).digest()[8:], "little")
-            for key in table.column("key").to_pylist()
-        ],
-        np.uint64,
-    )
-    order = np.argsort(places, kind="stable")
-    yield from table.append_column(PLACE, pa.array(places)).take(pa.array(order)).to_batches()
-
-
 def _write_cut(
     tables: Iterator[Any],
     folder: Path,
@@ -335,7 +299,11 @@ def _write_header(folder: Path, written: _Written, facts: _Facts, options: dict[
         num_shards=written.num_shards,
         **vars(facts),
     )
-    document = {"options": options, "plan": {k: v for k, v in vars(plan).items() if k != "folder"}}
+    document = {
+        "version": PLAN_VERSION,
+        "options": options,
+        "plan": {k: v for k, v in vars(plan).items() if k != "folder"},
+    }
     temp = folder / f".{HEADER_NAME}.tmp"
     temp.write_text(json.dumps(document), encoding="utf-8")
     temp.replace(folder / HEADER_NAME)

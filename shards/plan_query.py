@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -16,24 +17,11 @@ from linerate.shards.engines import default_num_workers
 from linerate.shards.errors import UserError
 from linerate.shards.manifest_sql import list_as_tags, literal, quoted, text_as_tags
 from linerate.shards.options import Selection
-from linerate.shards.plan_rows import PLACE, Counts
 from linerate.shards.scan import SCAN_NAME, SCAN_SCHEMA, Listing
+from linerate.shards.shuffle import PLACE, STREAM_ROWS, parse_memory
 
-STREAM_ROWS = 65_536
 # What Python, Arrow and the Parquet writer take beside DuckDB, whose own limit is the rest.
 _BESIDE_BYTES = 400_000_000
-_LEAST_BYTES = 256_000_000
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of `4GB`, `512MB`, `1.5GiB`. Raises UserError for anything else and for too little."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if not found:
-        raise UserError(f"--memory is {text!r}; give a number with a unit, such as 4GB or 512MB")
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
-    if size < _LEAST_BYTES:
-        raise UserError(f"--memory is {text}, a plan needs at least {_LEAST_BYTES // 10**6}MB")
-    return size
 
 
 @contextlib.contextmanager
@@ -109,68 +97,66 @@ def load_tags(path: str) -> list[str]:
 class PlanQuery:
     """A selection of a listing, as SQL."""
 
-    def __init__(self, db: Any, listing: Listing, selection: Selection, *, seed: int) -> None:
-        self._db, self._listing, self._selection = db, listing, selection
-        # md5_number_lower: the last 8 bytes, the least significant one first.
-        self._place = f"md5_number_lower(concat('{seed}:', {listing.fields['key']}))"
+    def __init__(self, db: Any, listing: Listing, selection: Selection) -> None:
+        self._db, self.listing, self._selection = db, listing, selection
         self._filters: dict[str, str] = {}  # name -> SQL that is true or false, never null
         if selection.where is not None:
             # The line feed ends a comment in the condition.
             self._filters["where"] = f"coalesce(({selection.where}\n)::BOOLEAN, false)"
         if selection.hashtags is not None:
             self._add_tags(selection.hashtags)
-        if selection.sample is not None and selection.sample < 1:
-            self._filters["sample"] = f"{self._place} < {int(selection.sample * 2**64)}::UBIGINT"
 
     def _add_tags(self, path: str) -> None:
-        if self._listing.tags is None:
+        if self.listing.tags is None:
             raise UserError(
-                f"--hashtags {path}: {self._listing.where_from} has no column of tags; name it by "
-                f"--tag-column"
+                f"--hashtags {path}: {self.listing.where_from} has no column of tags; name it by --tag-column"
             )
         escaped = "|".join(re.escape(tag) for tag in load_tags(path))
         # One automaton for all tags: 1.4 us a row of 8 tags with 1500 wanted; list_has_any took 41.
         wanted = literal(f"\n *#?(?:{escaped}) *\n")
-        self._filters["hashtags"] = f"coalesce(regexp_matches(lower({self._listing.tags}), {wanted}), false)"
+        self._filters["hashtags"] = f"coalesce(regexp_matches(lower({self.listing.tags}), {wanted}), false)"
 
-    def count(self) -> Counts:
-        """What each filter leaves out, and what stays; one pass over the columns that they name."""
+    def count_filtered(self) -> dict[str, int]:
+        """What each filter leaves out; one pass over the columns that they name."""
         conditions = list(self._filters.values())
+        if not conditions:
+            return {}
         upto = [" AND ".join(conditions[: n + 1]) for n in range(len(conditions))]
-        kept = upto[-1] if upto else "true"
-        size = self._listing.fields["size"]
-        parts = [
-            "count(*)",
-            *(f"count(*) FILTER ({condition})" for condition in upto),
-            f"count(*) FILTER ({kept} AND {size} >= 0)",
-            f"coalesce(sum({size}) FILTER ({kept} AND {size} >= 0), 0)",
-        ]
-        query = f"SELECT {', '.join(parts)} FROM {self._listing.relation} WHERE {self._listing.good}"
+        parts = ["count(*)", *(f"count(*) FILTER ({condition})" for condition in upto)]
+        query = f"SELECT {', '.join(parts)} FROM {self.listing.relation} WHERE {self.listing.good}"
         with self._where_errors():
-            *left, num_known, num_bytes = map(int, self._db.execute(query).fetchall()[0])
-        filtered = {name: left[n] - left[n + 1] for n, name in enumerate(self._filters)}
-        return Counts(filtered, left[-1], num_known, num_bytes)
+            left = self._db.execute(query).fetchall()[0]
+        return {name: left[n] - left[n + 1] for n, name in enumerate(self._filters)}
 
-    def sorted_batches(self) -> Iterator[Any]:
-        """Arrow batches of the plan's columns and PLACE, in order of PLACE."""
-        fields = self._listing.fields
-        inner = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in fields.items())
-        known = {**fields, **self._listing.after}
-        names = [name for name in SCAN_SCHEMA.names if name in known]
-        names += [*self._listing.metadata, PLACE]
-        outer = ", ".join(
-            f"{self._listing.after[name]} AS {quoted(name)}" if name in self._listing.after else quoted(name)
-            for name in names
-        )
-        conditions = " AND ".join([self._listing.good, *self._filters.values()])
+    def batches(self) -> Iterator[Any]:
+        """Arrow batches of what the filters leave, with the columns that a shuffle must carry."""
+        inner = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in self.listing.fields.items())
+        conditions = " AND ".join([self.listing.good, *self._filters.values()])
         # No parameters: with them the whole result is made before the first row is given out.
-        shuffled = self._db.sql(
-            f"SELECT {outer} FROM (SELECT {inner}, {self._place} AS {PLACE} FROM {self._listing.relation} "
-            f"WHERE {conditions} ORDER BY {PLACE})"
+        found = self._db.sql(f"SELECT {inner} FROM {self.listing.relation} WHERE {conditions}")
+        yield from _batches(found)
+
+    def finish(self, shuffled: Iterator[Any]) -> Iterator[Any]:
+        """The plan's columns and PLACE, of shuffled tables of what `batches` gave, in their order."""
+        for table in self._with_after(shuffled) if self.listing.after else shuffled:
+            for name, value in self.listing.constants.items():
+                column = pa.repeat(pa.scalar(value, SCAN_SCHEMA.field(name).type), len(table))
+                table = table.append_column(name, column)
+            names = [name for name in SCAN_SCHEMA.names if name in table.column_names]
+            yield table.select([*names, *self.listing.metadata, PLACE])
+
+    def _with_after(self, shuffled: Iterator[Any]) -> Iterator[Any]:
+        first = next(shuffled, None)
+        if first is None:
+            return
+        known = dict.fromkeys(self.listing.fields) | self.listing.after
+        columns = ", ".join(
+            quoted(name) if sql is None else f"{sql} AS {quoted(name)}" for name, sql in known.items()
         )
-        # The name of the same method differs between DuckDB 1 and 2.
-        reader = getattr(shuffled, "to_arrow_reader", None) or shuffled.fetch_arrow_reader
-        yield from reader(STREAM_ROWS)
+        batches = (batch for table in itertools.chain([first], shuffled) for batch in table.to_batches())
+        self._db.register("shuffled", pa.RecordBatchReader.from_batches(first.schema, batches))
+        for batch in _batches(self._db.sql(f"SELECT {columns}, {PLACE} FROM shuffled")):
+            yield pa.Table.from_batches([batch])
 
     @contextlib.contextmanager
     def _where_errors(self) -> Iterator[None]:
@@ -187,12 +173,17 @@ class PlanQuery:
         ) as error:
             if self._selection.where is None:
                 raise
-            columns = self._db.execute(f"SELECT * FROM {self._listing.relation} LIMIT 0").description
+            columns = self._db.execute(f"SELECT * FROM {self.listing.relation} LIMIT 0").description
             names = [name for name, *_ in columns if not name.startswith("linerate ")]
             raise UserError(
                 f"--where {self._selection.where!r} does not work: {first_line(error)}; the columns are "
                 f"{', '.join(names)}"
             ) from None
+
+
+def _batches(relation: Any) -> Iterator[Any]:
+    # The name of the same method differs between DuckDB 1 and 2.
+    yield from (getattr(relation, "to_arrow_reader", None) or relation.fetch_arrow_reader)(STREAM_ROWS)
 
 
 def first_line(error: BaseException) -> str:

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from linerate.shards.scan import SCAN_SCHEMA
+from linerate.shards.shuffle import PLACE
 from linerate.shards.sources import MAX_JSON_BYTES
 
-PLACE = "place"
 DUPLICATE_KEY = "duplicate key"
 DUPLICATE_BYTES = "duplicate"
 # An image whose bytes nobody knows before it is fetched counts as so many: ImageNet's mean.
@@ -70,63 +70,59 @@ def shard_bounds(samples: int, num_shards: int) -> list[int]:
     return [shard * samples // num_shards for shard in range(num_shards + 1)]
 
 
-def settle(batches: Iterator[Any], *, drop: Drop) -> Iterator[Any]:
+def settle(tables: Iterator[Any], *, drop: Drop) -> Iterator[Any]:
     """The rows of tables sorted by PLACE alone, in order of (PLACE, key, path), one a key, without PLACE.
 
     Equal keys have equal places, so they meet here; the first by (path, container, offset) stays. Two keys
     share a place about once in 2^64 / n^2 plans. Rows with more metadata than a shard takes are dropped too.
     """
     held: Any = None
-    for batch in batches:
-        table = pa.Table.from_batches([batch])
-        table = pa.concat_tables([held, table]) if held is not None else table
+    for table in tables:
+        if held is not None:
+            table = pa.concat_tables([held, table])
         if not len(table):
             continue
+        table = _one_a_key(table, drop)
+        # The last place may go on in the next table.
         places = table.column(PLACE).to_numpy()
-        same = places[1:] == places[:-1]
-        # The last run may go on in the next batch.
-        others = np.flatnonzero(~same)
-        split = int(others[-1]) + 1 if len(others) else 0
+        split = int(np.searchsorted(places, places[-1]))
         held = table.slice(split)
         if split:
-            yield _finished(table.slice(0, split), same[: split - 1], drop)
-        if len(held) > 1:
-            held = _one_a_key(held, drop)
-    if held is not None and len(held):
-        yield _finished(held, np.zeros(len(held) - 1, bool), drop)
+            yield _without_large(table.slice(0, split).drop_columns([PLACE]), drop)
+    if held is not None:
+        yield _without_large(held.drop_columns([PLACE]), drop)
 
 
-def _finished(table: Any, same: Any, drop: Drop) -> Any:
-    if same.any():
-        starts = np.flatnonzero(np.concatenate([[True], ~same]))
-        ends = np.append(starts[1:], len(table))
-        parts, done = [], 0
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            if end - start > 1:
-                parts += [table.slice(done, start - done), _one_a_key(table.slice(start, end - start), drop)]
-                done = end
-        table = pa.concat_tables([*parts, table.slice(done)])
-    return _without_large(table.drop_columns([PLACE]), drop)
-
-
-def _one_a_key(run: Any, drop: Drop) -> Any:
-    """The rows of one place in order of key, the first of each key only."""
-    # In Python: there are few, and the order of rows that differ in anything must not be left to chance.
-    names = [name for name in SCAN_SCHEMA.names if name in run.column_names]  # extra_json is the last
-    columns = [run.column(name).to_pylist() for name in names]
-    ranks = list(zip(*columns[:-1], [extra or b"" for extra in columns[-1]], strict=True))
-    order = sorted(range(len(run)), key=ranks.__getitem__)
-    kept: list[int] = []
-    dropped: list[tuple[str, int, str, str]] = []
-    for row in order:
-        if kept and columns[0][kept[-1]] == columns[0][row]:
-            size = run.column("size")[row].as_py()
-            dropped.append((columns[0][row], size, DUPLICATE_KEY, "another row of the source has its name"))
-        else:
-            kept.append(row)
-    if dropped:
-        drop(dropped)
-    return run.take(pa.array(kept, pa.int64()))
+def _one_a_key(table: Any, drop: Drop) -> Any:
+    """The rows with those of one place in order of key, and the first of each key only."""
+    places = table.column(PLACE).to_numpy()
+    same = places[1:] == places[:-1]
+    if not same.any():
+        return table
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    run = table.take(pa.array(tied))
+    # By all there is: the order of rows that differ in anything must not be left to chance.
+    names = [name for name in SCAN_SCHEMA.names if name in run.column_names]
+    ranks = run.select([PLACE, *names])
+    if "extra_json" in names:
+        extra = pc.fill_null(ranks.column("extra_json"), b"")
+        ranks = ranks.set_column(ranks.schema.get_field_index("extra_json"), "extra_json", extra)
+    order = pc.sort_indices(ranks, sort_keys=[(name, "ascending") for name in ranks.column_names])
+    run = run.take(order)
+    keys = run.column("key").combine_chunks()
+    again = np.append(False, pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False))
+    rows = np.arange(len(table))
+    rows[tied] = tied[order.to_numpy()]
+    if again.any():
+        left_out = run.filter(pa.array(again)).select(["key", "size"])
+        drop(
+            [
+                (key, size, DUPLICATE_KEY, "another row of the source has its name")
+                for key, size in zip(*(column.to_pylist() for column in left_out.columns), strict=True)
+            ]
+        )
+        rows = np.delete(rows, tied[again])
+    return table.take(pa.array(rows))
 
 
 def _without_large(table: Any, drop: Drop) -> Any:
@@ -203,12 +199,14 @@ def load_plan_rows(folder: Path) -> Iterator[Any]:
 
 def _open_writer(path: Path, schema: Any) -> Any:
     # Names hardly repeat, so a dictionary of them is made in vain, and their statistics are read by nobody.
+    # A plan is read once or twice: on names of 60 bytes snappy took 0.12 us a row and saved 23 bytes.
+    names = {"key", "path"} & set(schema.names)
     return pq.ParquetWriter(
         path,
         schema,
-        compression="snappy",  # the plan is read once or twice; zstd costs 0.5 us a row more
+        compression={name: "none" if name in names else "snappy" for name in schema.names},
         write_statistics=False,
-        use_dictionary=[name for name in schema.names if name not in ("key", "path", "extra_json", "size")],
+        use_dictionary=[name for name in schema.names if name not in (*names, "extra_json", "size")],
     )
 
 

@@ -75,14 +75,19 @@ def _find_in_manifest(
     from linerate.shards.manifest_sql import literal
     from linerate.shards.plan_query import PlanQuery, open_database
     from linerate.shards.plan_rows import with_paths
+    from linerate.shards.shuffle import Shuffle, run_bytes
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="linerate-preview-")))
     rejects = stack.enter_context(RejectWriter(folder, Counter()))
     db = stack.enter_context(open_database(folder, memory=_MEMORY))
     listing = source.open_listing(db, folder, rejects)
     wanted = f"{listing.fields['key']} IN ({', '.join(map(literal, sorted(keys)))})"
-    batches = list(PlanQuery(db, listing, Selection(where=wanted), seed=0).sorted_batches())
-    return with_paths(pa.Table.from_batches(batches)), list(listing.containers)
+    query = PlanQuery(db, listing, Selection(where=wanted))
+    shuffle = stack.enter_context(Shuffle(folder, seed=0, run_bytes=run_bytes(_MEMORY)))
+    for batch in query.batches():
+        shuffle.add(batch)
+    rows = pa.concat_tables(query.finish(shuffle.sorted_tables()))
+    return with_paths(rows), list(listing.containers)
 
 
 def _read(rows: Any, containers: list[str]) -> Iterator[Found]:

@@ -9,7 +9,6 @@ because the plan that it could follow from is made of what is read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.remote_stream import RemoteFile, stream
 from linerate.shards.remote_url import show_url
+from linerate.shards.shuffle import place_of
 from linerate.shards.sources import MAX_JSON_BYTES, display_name, judge_name
 from linerate.shards.spill_layout import part_path
 from linerate.shards.spill_task import Part, finish_parts
@@ -61,8 +61,7 @@ def skeleton_path(folder: Path, number: int) -> Path:
 
 def bucket_of_key(key: str, *, seed: int, num_buckets: int) -> int:
     """The plan sorts by the same hash, so the shards of a bucket are neighbours."""
-    place = int.from_bytes(hashlib.md5(f"{seed}:{key}".encode()).digest()[8:], "little")
-    return place * num_buckets >> 64
+    return place_of(key.encode(), seed=seed) * num_buckets >> 64
 
 
 def run_task(task: RemoteTarTask, report: Callable[[int], None]) -> Callable[[], None]:

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from linerate.shards.inspect_image import RejectedError, check_full_decode, check_header
-from linerate.shards.pack_shard import INDEX_SCHEMA, ShardMark, write_mark
+from linerate.shards.pack_shard import ShardMark, write_mark
 from linerate.shards.tar_reader import Member
 from linerate.shards.verify_shard import NO_LIMIT, Decode, group_members, list_members, load_mark_fields
+from linerate.shards.write_samples import INDEX_SCHEMA
 
 DAMAGED = "damaged in the shard"
 BROKEN_SUFFIX = ".tar.broken"  # of a tar that holds nothing sound, so that no reader takes it for a shard

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from linerate.shards.errors import UserError
 from linerate.shards.remote_url import without_userinfo
-from linerate.shards.sources import Source, SourceReject, SourceRow, container_name
+from linerate.shards.sources import Source, SourceRow, container_name
 
 SCAN_NAME = "scan.parquet"
 REJECTS_NAME = "source_rejects.parquet"
@@ -56,18 +57,15 @@ class Listing:
     fields: dict[str, str] = field(default_factory=lambda: {n: f'"{n}"' for n in SCAN_SCHEMA.names})
     """The plan's columns before the sort: name -> SQL over the relation. `key` is among them."""
     after: dict[str, str] = field(default_factory=dict)
-    """Columns that the sort need not carry: name -> SQL over `fields`."""
+    """Columns that the shuffle need not carry: name -> SQL over `fields`."""
+    constants: dict[str, int | None] = field(default_factory=dict)
+    """Columns of the plan that are the same for all rows: name -> value."""
     tags: str | None = None
     """SQL over the relation: its tags as text, each with a line feed before and behind."""
     containers: list[str]
     class_names: list[str]
     numbered: bool = False
     """Does the source state classes by their numbers?"""
-    num_rows: int | None = None
-    """Where it is known; `good` is true of all of them."""
-    num_known: int = 0
-    """Rows whose bytes are known, and those bytes."""
-    known_bytes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     """Rejects of source_rejects.parquet by reason."""
     own_keys: bool = False
@@ -103,38 +101,43 @@ class RejectWriter:
 
 
 def scan_rows(
-    source: Source, folder: Path, rejects: RejectWriter, *, on_rows: Callable[[float], None]
+    source: Source,
+    rejects: RejectWriter,
+    *,
+    write: Callable[[Any], object],
+    on_rows: Callable[[float], None],
 ) -> tuple[Listing, Any]:
-    """Write scan.parquet; returns what it lists, and its (provisional, final class number, name) table.
+    """List a source into tables; returns what it lists, and its classes: provisional number, label, name.
 
-    Labels in it are provisional where classes have names. Raises UserError where some have numbers too.
+    Labels in the tables are provisional where classes have names. Raises UserError where some have numbers
+    too. write: called with each table of SCAN_SCHEMA.
     """
     found: dict[str, int] = {}  # class name -> provisional number, in order of appearance
-    highest, num_rows, num_known, num_bytes = -1, 0, 0, 0
-    with pq.ParquetWriter(folder / SCAN_NAME, SCAN_SCHEMA, compression="zstd", compression_level=1) as writer:
-        rows: list[tuple[Any, ...]] = []
-        bad: list[tuple[str, int, str, str]] = []
-        for item in source.rows():
-            if isinstance(item, SourceReject):
-                bad.append((item.key, item.size, item.reason, item.detail))
-                if len(bad) == BATCH_ROWS:
-                    rejects.add(bad)
-                    bad = []
-                continue
-            num_rows += 1
-            num_known += item.size >= 0
-            num_bytes += max(item.size, 0)
-            highest = max(highest, item.label)
-            rows.append(_scan_row(item, found))
-            if len(rows) == BATCH_ROWS:
-                _require_classes(source, highest + 1, len(found))
-                write_rows(writer, SCAN_SCHEMA, rows)
-                on_rows(BATCH_ROWS)
-                rows = []
+    highest = -1
+    rows: list[SourceRow] = []
+    bad: list[tuple[str, int, str, str]] = []
+
+    def flush() -> None:
+        nonlocal highest, rows
+        table, numbered = _scan_table(rows, found)
+        highest = max(highest, numbered)
         _require_classes(source, highest + 1, len(found))
-        write_rows(writer, SCAN_SCHEMA, rows)
-        rejects.add(bad)
+        write(table)
         on_rows(len(rows))
+        rows = []
+
+    for item in source.rows():
+        if isinstance(item, SourceRow):
+            rows.append(item)
+            if len(rows) == BATCH_ROWS:
+                flush()
+        else:
+            bad.append((item.key, item.size, item.reason, item.detail))
+            if len(bad) == BATCH_ROWS:
+                rejects.add(bad)
+                bad = []
+    flush()
+    rejects.add(bad)
     if found and highest >= 0:
         raise UserError(mixed_labels(highest, sorted(found)))
     class_names = sorted(found) if found else [str(label) for label in range(highest + 1)]
@@ -151,9 +154,6 @@ def scan_rows(
         containers=[container_name(path) for path in source.containers],
         class_names=class_names,
         numbered=not found,
-        num_rows=num_rows,
-        num_known=num_known,
-        known_bytes=num_bytes,
         reasons=rejects.reasons,
         where_from=", ".join(os.fspath(path) for path in source.containers[:3]),
     )
@@ -194,8 +194,17 @@ def write_rows(writer: Any, schema: Any, rows: list[tuple[Any, ...]]) -> None:
     writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
-def _scan_row(row: SourceRow, found: dict[str, int]) -> tuple[Any, ...]:
-    label = row.label
-    if row.label_name is not None:
-        label = found.setdefault(row.label_name, len(found))
-    return row.key, row.path, row.container, row.offset, row.size, label, row.extra_json
+def _scan_table(rows: list[SourceRow], found: dict[str, int]) -> tuple[Any, int]:
+    """The rows as a table, and the highest class number that the source itself states; `found` grows."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(SourceRow._fields)
+    of = dict(zip(SourceRow._fields, columns, strict=True))
+    labels = np.asarray(of["label"], np.int32)
+    highest = int(labels.max(initial=-1))
+    names = pa.array(of["label_name"], pa.string()).dictionary_encode()
+    numbers = [found.setdefault(name, len(found)) for name in names.dictionary.to_pylist()]
+    if numbers:
+        place = pc.fill_null(names.indices, len(numbers)).to_numpy()
+        named = np.array([*numbers, -1], np.int32)[place]
+        labels = np.where(place < len(numbers), named, labels)
+    arrays = [pa.array(labels if one.name == "label" else of[one.name], one.type) for one in SCAN_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCAN_SCHEMA), highest

@@ -6,8 +6,9 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from linerate.shards.errors import UserError
 
@@ -25,8 +26,7 @@ MAX_WRAPPERS = 8
 MAX_SAMPLE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """One sample of a source: where its bytes lie and what is known without reading them."""
 
     key: str
@@ -91,17 +91,20 @@ class FolderSource:
     def rows(self) -> Iterator[SourceRow | SourceReject]:
         base = self._class_level()
         depth = len(base)
-        for path, size, problem in walk_files(self.root):
-            parts = path.split(b"/")
-            key = display_name(path)
+        folder, shown, label_name = None, "", None
+        for prefix, name, size, problem in walk_files(self.root):
+            if prefix != folder:  # as for most files: what the folder says is worked out once
+                folder, shown = prefix, display_name(prefix)
+                parts = prefix.split(b"/")[:-1]
+                labelled = len(parts) > depth and parts[:depth] == base
+                label_name = display_name(parts[depth]) if labelled else None
+            key = shown + display_name(name)
             if problem:
                 yield SourceReject(key, size, *problem)
             elif reject := judge_name(key, size):
                 yield reject
             else:
-                labelled = len(parts) > depth + 1 and parts[:depth] == base
-                label_name = display_name(parts[depth]) if labelled else None
-                yield SourceRow(key, path, 0, 0, size, label_name)
+                yield SourceRow(key, prefix + name, 0, 0, size, label_name)
 
     def _class_level(self) -> list[bytes]:
         """The folders to step through before class folders begin: each holds one folder and no file."""
@@ -118,45 +121,65 @@ class FolderSource:
         return base
 
 
-def walk_files(root: Path) -> Iterator[tuple[bytes, int, tuple[str, str] | None]]:
-    """(path relative to root, bytes, problem) of everything under root that is no folder, in byte order.
+def walk_files(root: Path) -> Iterator[tuple[bytes, bytes, int, tuple[str, str] | None]]:
+    """(its folder and a slash, name, bytes, problem) of all under root that is no folder, in byte order.
 
-    Links are followed, a folder that is its own ancestor is not entered again; pipes and devices are
-    reported as a problem and never opened.
+    The folder is relative to root, empty for root itself. Links are followed, a folder that is its own
+    ancestor is not entered again; pipes and devices are reported as a problem and never opened.
     """
     yield from _walk(os.fsencode(root), b"", frozenset())
 
 
 def _walk(
     root: bytes, prefix: bytes, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[bytes, int, tuple[str, str] | None]]:
-    folder = root + b"/" + prefix if prefix else root
+) -> Iterator[tuple[bytes, bytes, int, tuple[str, str] | None]]:
     try:
-        info = os.stat(folder)  # noqa: PTH116
-        entries = sorted(_scan(folder), key=lambda entry: entry.name)
+        here, found = _look_into(root + b"/" + prefix if prefix else root)
     except PermissionError as error:
-        yield prefix, 0, ("unreadable", error.strerror or "no permission")
+        yield b"", prefix.removesuffix(b"/"), 0, ("unreadable", error.strerror or "no permission")
         return
-    if (info.st_dev, info.st_ino) in above:
-        yield prefix, 0, ("not a regular file", "a link to a folder that holds it")
+    if here in above:
+        yield b"", prefix.removesuffix(b"/"), 0, ("not a regular file", "a link to a folder that holds it")
         return
-    above |= {(info.st_dev, info.st_ino)}
-    for entry in entries:
-        path = prefix + b"/" + entry.name if prefix else entry.name
-        if entry.name.startswith(b"."):
-            yield path, 0, ("hidden", "its name begins with a dot")
-            continue
-        try:
-            info = entry.stat()
-        except OSError as error:
-            yield path, 0, ("unreadable", error.strerror or "")
-            continue
-        if stat.S_ISDIR(info.st_mode):
-            yield from _walk(root, path, above)
-        elif stat.S_ISREG(info.st_mode):
-            yield path, info.st_size, None
+    above |= {here}
+    for name, size, problem in found:
+        if problem is _FOLDER:
+            yield from _walk(root, prefix + name + b"/", above)
         else:
-            yield path, 0, ("not a regular file", _kind(info.st_mode))
+            yield prefix, name, size, problem
+
+
+_FOLDER = ("folder", "")
+
+
+def _look_into(folder: bytes) -> tuple[tuple[int, int], list[tuple[bytes, int, tuple[str, str] | None]]]:
+    """Which folder it is (device, inode), and (name, bytes, problem or _FOLDER) of its entries by name."""
+    found: list[tuple[bytes, int, tuple[str, str] | None]] = []
+    # Asked by the folder's descriptor, an entry takes half the time that it takes by its whole path.
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        own = os.fstat(fd)
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name)
+                if name.startswith(b"."):
+                    found.append((name, 0, ("hidden", "its name begins with a dot")))
+                    continue
+                try:
+                    info = entry.stat()
+                except OSError as error:
+                    found.append((name, 0, ("unreadable", error.strerror or "")))
+                    continue
+                if stat.S_ISREG(info.st_mode):
+                    found.append((name, info.st_size, None))
+                elif stat.S_ISDIR(info.st_mode):
+                    found.append((name, 0, _FOLDER))
+                else:
+                    found.append((name, 0, ("not a regular file", _kind(info.st_mode))))
+    finally:
+        os.close(fd)
+    found.sort(key=itemgetter(0))
+    return (own.st_dev, own.st_ino), found
 
 
 def _scan(folder: bytes) -> list[os.DirEntry[bytes]]:
@@ -173,8 +196,9 @@ def _kind(mode: int) -> str:
 
 def judge_name(key: str, size: int) -> SourceReject | None:
     """The reject for a file whose name or size rules it out before it is read."""
-    suffix = os.path.splitext(key)[1].lower()  # noqa: PTH122
-    if suffix in NOT_IMAGES:
+    # The first half alone, which is quick, rules out nearly all.
+    suffix = key[key.rfind(".") :].lower()
+    if suffix in NOT_IMAGES and os.path.splitext(key)[1].lower() == suffix:  # noqa: PTH122
         return SourceReject(key, size, "not an image", f"a {suffix} file by its name")
     if size > MAX_SAMPLE_BYTES:
         return SourceReject(key, size, "too many bytes", f"{size} exceeds {MAX_SAMPLE_BYTES}")

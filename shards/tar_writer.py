@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 BLOCK = 512
@@ -31,6 +33,8 @@ _HEADER_FORMAT = b"%%b%%b%b%%b%b%%06o\0 %b" % (
     bytes(_TEMPLATE[135:148]),
     bytes(_TEMPLATE[156:]),
 )
+# Of a member beside its data: header, padding, and what may follow at once.
+_BESIDE = 4 * BLOCK
 _NAME_PADS = [bytes(MAX_NAME_BYTES - length) for length in range(MAX_NAME_BYTES + 1)]
 _PADS = [bytes(length) for length in range(BLOCK)]
 
@@ -47,6 +51,31 @@ def ustar_header(name: bytes, size: int) -> bytes:
     return _HEADER_FORMAT % (name, _NAME_PADS[len(name)], digits, checksum)
 
 
+def ustar_headers(names: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """(N, 512) uint8: the headers of N members, as ustar_header makes them, in a tenth of the time.
+
+    names: (N, L) uint8, names of L bytes. Raises ValueError for what USTAR cannot say.
+    """
+    count, length = names.shape
+    if not 0 < length <= MAX_NAME_BYTES or not names.all():
+        raise ValueError(f"USTAR names have 1 to {MAX_NAME_BYTES} bytes and no NUL, these have {length}")
+    if count and not 0 <= sizes.min() <= sizes.max() <= MAX_MEMBER_BYTES:
+        raise ValueError(f"USTAR members have 0 to {MAX_MEMBER_BYTES} bytes, one has {sizes.max()}")
+    headers = np.tile(np.frombuffer(_TEMPLATE, np.uint8), (count, 1))
+    headers[:, :length] = names
+    headers[:, 124:135] = octal(sizes, 11)
+    checksums = headers.sum(axis=1, dtype=np.int64)
+    headers[:, 148:154] = octal(checksums, 6)
+    headers[:, 154] = 0
+    return headers
+
+
+def octal(numbers: npt.NDArray[np.int64], digits: int) -> npt.NDArray[np.uint8]:
+    """(N, digits) uint8: ASCII."""
+    shifts = 3 * np.arange(digits - 1, -1, -1)
+    return ((numbers[:, None] >> shifts & 7) + ord("0")).astype(np.uint8)
+
+
 def small_member(name: bytes, data: bytes) -> bytes:
     """A whole member: header, data, padding."""
     return ustar_header(name, len(data)) + data + _PADS[-len(data) % BLOCK]
@@ -57,16 +86,20 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+Buffer = bytes | bytearray | memoryview
+
+
 class TarWriter:
     """Members into an open file descriptor through one buffer; the hash of all bytes comes for free.
 
-    A member's data is read straight into the buffer: `room(size)`, fill it, `commit(name, size)`. Not
+    A member's data is read straight into the buffer: `room(size)`, fill it, `commit(header, size)`. Not
     committing leaves no trace, so a sample can be judged where it lies.
     """
 
     def __init__(self, fd: int, *, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._fd = fd
         self._view = memoryview(bytearray(buffer_bytes))
+        self._capacity = buffer_bytes
         self._fill = 0
         self._flushed = 0
         self._hash = xxhash.xxh3_64()
@@ -76,29 +109,44 @@ class TarWriter:
 
         The byte too many shows a reader that a file is longer than it was said to be.
         """
-        need = BLOCK + padded(size + 1)
-        if self._fill + need > len(self._view):
+        need = size + _BESIDE
+        if self._fill + need > self._capacity:
             self._flush()
-            if need > len(self._view):
+            if need > self._capacity:
                 self._view = memoryview(bytearray(need))
+                self._capacity = need
         start = self._fill + BLOCK
         return self._view[start : start + size + 1]
 
-    def commit(self, name: bytes, size: int) -> int:
-        """Make the first `size` bytes of the last room() a member; the offset of its data in the tar."""
+    def data(self, size: int) -> memoryview:
+        """The first `size` bytes of the last room()."""
         start = self._fill + BLOCK
+        return self._view[start : start + size]
+
+    def commit(self, header: Buffer, size: int, after: Buffer = b"") -> int:
+        """Make the first `size` bytes of the last room() a member; the offset of its data in the tar.
+
+        header: of ustar_header; after: a small member of at most 1024 bytes that follows at once.
+        """
+        fill = self._fill
+        start = fill + BLOCK
         end = start + size
-        pad = -size % BLOCK
-        self._view[self._fill : start] = ustar_header(name, size)
-        self._view[end : end + pad] = _PADS[pad]
-        self._fill = end + pad
+        view = self._view
+        view[fill:start] = header
+        if pad := -size % BLOCK:
+            view[end : end + pad] = _PADS[pad]
+            end += pad
+        if after:
+            end, start_after = end + len(after), end
+            view[start_after:end] = after
+        self._fill = end
         return self._flushed + start
 
     def add(self, name: bytes, data: bytes) -> int:
         """A small member from memory; the offset of its data in the tar."""
         block = small_member(name, data)
-        if self._fill + len(block) > len(self._view):
-            self.room(len(data))
+        if self._fill + len(block) > self._capacity:
+            self.room(len(block))
         self._view[self._fill : self._fill + len(block)] = block
         self._fill += len(block)
         return self._flushed + self._fill - len(block) + BLOCK

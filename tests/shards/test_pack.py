@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from linerate.shards.errors import UserError
 from linerate.shards.options import ManifestColumns, PackOptions, Selection
 from linerate.shards.pack import pack
 from linerate.shards.pack_shard import ShardTask, load_mark
+from linerate.shards.plan import make_plan
+from linerate.shards.sources import FolderSource
 
 ReadAll = Callable[[Path], dict[str, bytes]]
 MakeJpeg = Callable[..., bytes]
@@ -394,6 +397,19 @@ def test_a_full_disk_stops_cleanly_and_the_same_call_goes_on(
     monkeypatch.undo()
     pack(photo_folder, tmp_path / "out", options=OPTIONS, num_workers=0)
     assert read_all(tmp_path / "out") == read_all(packed.root)
+
+
+def test_what_an_older_version_began_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work = out / ".pack"
+    work.mkdir(parents=True)
+    make_plan(FolderSource(photo_folder), work, seed=0, sizing=OPTIONS.sizing, options=asdict(OPTIONS))
+    header = json.loads((work / "plan.json").read_text())
+    del header["version"]  # as the first one wrote it
+    (work / "plan.json").write_text(json.dumps(header))
+    with pytest.raises(UserError, match=r"another order \(its plan is of version 1, this one makes 2\)"):
+        pack(photo_folder, out, options=OPTIONS, num_workers=0)
+    assert [path.name for path in out.iterdir()] == [".pack"]
 
 
 def test_a_folder_that_may_not_be_written_stops_the_run(

@@ -1,20 +1,20 @@
 """The plan: complete, disjoint, deterministic, shuffled, cut evenly."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linerate.shards import plan as plan_module
-from linerate.shards import plan_query, scan
+from linerate.shards import scan, select_rows, shuffle
 from linerate.shards.errors import UserError
 from linerate.shards.options import PackOptions, Sizing
 from linerate.shards.plan import Plan, load_options, make_plan, shard_bounds
+from linerate.shards.shuffle import place_of
 from linerate.shards.sources import SourceReject, SourceRow
 
 
@@ -67,25 +67,20 @@ def test_every_sample_is_planned_once_whatever_the_sizes(
         sum(counts[:shard]) for shard in range(plan.num_shards)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "SORTED_HERE", 0)  # DuckDB sorts
+        patch.setattr(select_rows, "run_bytes", lambda memory: 500)  # runs on disk, of a few rows
+        patch.setattr(shuffle, "PIECE_BITS", 2)
+        patch.setattr(scan, "BATCH_ROWS", 7)
         again = plan_of(tmp_path_factory.mktemp("p") / "b", items[::-1], seed=seed, sizing=sizing)
     assert keys_by_shard(again) == shards
     assert again.plan_id == plan.plan_id
 
 
-@pytest.mark.parametrize("sorted_here", [0, 100])
-def test_the_order_is_that_of_md5_and_stays_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sorted_here: int
-) -> None:
-    monkeypatch.setattr(plan_module, "SORTED_HERE", sorted_here)
+def test_the_order_is_that_of_xxh3_and_stays_so(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "p", [row(f"k{i}") for i in range(6)], seed=3)
-
-    # From hashlib: sorted by the last 8 bytes of md5(b"3:k0"), read as a little-endian number.
-    def place(key: str) -> int:
-        return int.from_bytes(hashlib.md5(f"3:{key}".encode()).digest()[8:], "little")
-
-    expected = sorted((f"k{i}" for i in range(6)), key=place)
+    expected = sorted((f"k{i}" for i in range(6)), key=lambda key: xxhash.xxh3_64_intdigest(key.encode(), 3))
     assert keys_by_shard(plan) == [expected]
+    # Of another implementation and for all time: XXH3's own test vector of no bytes.
+    assert place_of(b"", seed=0) == 0x2D06800538D394C2
 
 
 def test_another_seed_gives_another_order_and_another_id(tmp_path: Path) -> None:
@@ -127,8 +122,7 @@ def test_names_and_numbers_do_not_mix(tmp_path: Path) -> None:
 
 def test_more_rows_than_a_batch_come_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "BATCH_ROWS", 7)
-    monkeypatch.setattr(plan_query, "STREAM_ROWS", 7)
-    monkeypatch.setattr(plan_module, "SORTED_HERE", 0)
+    monkeypatch.setattr(shuffle, "STREAM_ROWS", 7)
     seen: list[float] = []
     items: list[Any] = [row(f"k{i}") for i in range(30)]
     items += [SourceReject(f"r{i}", 1, "not an image", "a .txt file by its name") for i in range(15)]

@@ -1,7 +1,6 @@
 """Which rows a plan takes: conditions, tags, samples, limits, duplicates; on any source."""
 
 import errno
-import hashlib
 import io
 import itertools
 import tarfile
@@ -22,8 +21,9 @@ from linerate.shards.errors import UserError
 from linerate.shards.options import PackOptions, Selection, Sizing
 from linerate.shards.pack import pack
 from linerate.shards.plan import Plan, make_plan
-from linerate.shards.plan_query import load_tags, open_database, parse_memory
+from linerate.shards.plan_query import load_tags, open_database
 from linerate.shards.plan_rows import Counts, first_rows, load_plan_rows, settle
+from linerate.shards.shuffle import parse_memory, place_of
 from linerate.shards.sources import FolderSource, SourceReject, SourceRow
 from linerate.shards.tar_source import TarSource
 
@@ -67,7 +67,7 @@ def keys_of(plan: Plan) -> list[str]:
 
 def place(key: str) -> int:
     """Where a key stands in the order of seed 0."""
-    return int.from_bytes(hashlib.md5(f"0:{key}".encode()).digest()[8:], "little")
+    return place_of(key.encode(), seed=0)
 
 
 @settings(max_examples=6, deadline=None)
@@ -261,10 +261,8 @@ def test_rows_of_one_place_are_ordered_by_key_across_batches() -> None:
         }
     )
     for step in (1, 2, 3, 7):
-        batches = itertools.chain.from_iterable(
-            table.slice(start, step).to_batches() for start in range(0, 7, step)
-        )
-        found = pa.concat_tables(settle(batches, drop=dropped.extend))
+        parts = (table.slice(start, step) for start in range(0, 7, step))
+        found = pa.concat_tables(settle(parts, drop=dropped.extend))
         assert found.column("key").to_pylist() == ["a", "b", "c", "d", "e", "f"]
         assert found.column("size").to_pylist() == [1, 5, 1, 1, 1, 1]
     assert dropped == [("b", 9, "duplicate key", "another row of the source has its name")] * 4

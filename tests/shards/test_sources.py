@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,14 +109,14 @@ def test_names_that_are_no_utf8_have_a_readable_key(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_read_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_files(tmp_path, ["a.jpg", "shut/b.jpg"])
-    scan = sources._scan
+    look_into = sources._look_into
 
-    def refuse(folder: bytes) -> list[os.DirEntry[bytes]]:
-        if folder.endswith(b"shut"):
+    def refuse(folder: bytes) -> Any:
+        if folder.rstrip(b"/").endswith(b"shut"):
             raise PermissionError(13, "Permission denied")
-        return scan(folder)
+        return look_into(folder)
 
-    monkeypatch.setattr(sources, "_scan", refuse)
+    monkeypatch.setattr(sources, "_look_into", refuse)
     assert rejects(FolderSource(tmp_path)) == {"shut": "unreadable"}
 
 

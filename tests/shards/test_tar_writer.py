@@ -5,12 +5,13 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linerate.shards.tar_writer import MAX_MEMBER_BYTES, TarWriter, padded, ustar_header
+from linerate.shards.tar_writer import MAX_MEMBER_BYTES, TarWriter, padded, ustar_header, ustar_headers
 
 names = st.binary(min_size=1, max_size=100).filter(lambda name: b"\0" not in name and not name.endswith(b"/"))
 
@@ -52,6 +53,21 @@ def test_header_is_that_of_the_standard_library() -> None:
     assert ustar_header(b"000000000042.jpg", 123_456) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
+def test_many_headers_at_once_are_those_one_by_one() -> None:
+    sizes = [0, 7, 8, 511, 123_456, MAX_MEMBER_BYTES]
+    names = [b"%012d.jpg" % (10**number) for number in range(6)]
+    many = ustar_headers(np.array(names, "S16").view(np.uint8).reshape(6, 16), np.array(sizes))
+    assert many.tobytes() == b"".join(map(ustar_header, names, sizes))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(b"", 1), (b"x" * 101, 1), (b"a\0b", 1), (b"a", -1), (b"a", MAX_MEMBER_BYTES + 1)]
+)
+def test_many_headers_refuse_what_one_refuses(name: bytes, size: int) -> None:
+    with pytest.raises(ValueError, match="USTAR"):
+        ustar_headers(np.frombuffer(name, np.uint8)[None, :], np.array([size]))
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [(b"", 1), (b"x" * 101, 1), (b"a\0b", 1), (b"a", -1), (b"a", MAX_MEMBER_BYTES + 1)],
@@ -66,7 +82,7 @@ def test_a_sample_that_is_not_committed_leaves_no_trace(tmp_path: Path) -> None:
         writer = TarWriter(file.fileno())
         writer.room(100)[:100] = b"r" * 100
         writer.room(3)[:3] = b"abc"
-        writer.commit(b"kept", 3)
+        writer.commit(ustar_header(b"kept", 3), 3)
         writer.finish()
     assert b"r" not in (tmp_path / "x.tar").read_bytes().replace(b"ustar", b"")
 
