@@ -34,11 +34,19 @@ from linerate.shards.out_folder import (
     tidy_folder,
 )
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
-from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan, refuse_other_version
+from linerate.shards.plan import (
+    DEFAULT_MEMORY,
+    Plan,
+    absolute_paths,
+    load_options,
+    make_plan,
+    refuse_other_version,
+)
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
 from linerate.shards.remote_tars import bring_source, is_unread
-from linerate.shards.shard_stats import ShardStats, StatsLog
+from linerate.shards.remote_url import without_userinfo
+from linerate.shards.shard_stats import ShardStats, StatsLog, load_sources
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
 from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
@@ -315,7 +323,9 @@ def _plan(
     work = out / WORK_NAME
     before = _plan_before(out, base)
     if not base and is_unread(source) and _is_finished(out, effort):
-        raise NothingNewError  # to compare its tars would take to read them again
+        given = [without_userinfo(path) for path in absolute_paths(source)]
+        if given in load_sources(out):
+            raise NothingNewError  # to compare these tars would take to read them again
     source = bring_source(
         source,
         work,

@@ -24,6 +24,7 @@ from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.imagenet import LabelledSource
+from linerate.shards.label_field import FieldLabelledSource
 from linerate.shards.manifest import ManifestSource
 from linerate.shards.out_folder import TARS_NAME
 from linerate.shards.plan import Plan
@@ -39,6 +40,8 @@ from linerate.shards.tar_source import TarSource, key_prefixes
 
 MANIFESTS_NAME = "manifests"
 _LAYOUT_NAME = "layout.json"
+# Sources around another one, which tell the classes of its images.
+_LABELLED = (LabelledSource, FieldLabelledSource)
 
 
 class BroughtTars(TarSource):
@@ -68,7 +71,7 @@ def bring_source(
     on_progress: ("to fetch", bytes in all), then ("fetch", bytes since). Raises UserError for what cannot be
     read, or has no room.
     """
-    if isinstance(source, LabelledSource):
+    if isinstance(source, _LABELLED):
         inner = bring_source(
             source.source,
             work,
@@ -88,7 +91,7 @@ def bring_source(
 
 def is_unread(source: Source | ManifestSource) -> bool:
     """Must all of its bytes be read before it can be listed?"""
-    return isinstance(source.source if isinstance(source, LabelledSource) else source, RemoteTars)
+    return isinstance(source.source if isinstance(source, _LABELLED) else source, RemoteTars)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,19 @@ def test_filters_and_equal_images_are_those_of_local_tars(
     assert there == pack_url(str(tmp_path / "00000.tar"), tmp_path / "b", options)
 
 
+def test_classes_of_a_field_are_those_of_local_tars(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "00000.tar").write_bytes(tars["00000.tar"])
+    options = PackOptions(label_column="user", dedup="bytes", limit=9, sample=0.9)
+    url = server.url("ranged/00000.tar")
+    there = pack_url(url, tmp_path / "a", options)
+    assert there == pack_url(str(tmp_path / "00000.tar"), tmp_path / "b", options)
+    server.ranges.clear()
+    assert pack_url(url, tmp_path / "a", options) == there
+    assert not server.ranges
+
+
 def test_killed_after_reading_the_tars_are_not_read_again(
     server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +183,17 @@ def test_a_finished_set_is_left_alone_without_reading_its_tars(
     assert not server.ranges
     (tmp_path / "out" / "shard-000001.tar").unlink()
     assert pack_url(url, tmp_path / "out") == local["folder.tar"]
+
+
+def test_other_tars_than_those_of_a_finished_set_are_read_and_compared(
+    server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pack_url(server.url("ranged/folder.tar"), out)
+    with pytest.raises(UserError, match=r"the source is not the one that OUT .* was begun with"):
+        pack_url(server.url("ranged/00000.tar"), out)
+    assert pack_url(server.url("broken/9000/folder.tar"), out) == local["folder.tar"]  # it has moved
+    assert pack_url(server.url("ranged/folder.tar"), out) == local["folder.tar"]
 
 
 def test_what_is_no_tar_or_cannot_be_read_is_told_in_a_line(
