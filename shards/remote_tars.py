@@ -32,7 +32,7 @@ from linerate.shards.plan_rows import load_plan_rows
 from linerate.shards.remote_source import RemoteTars
 from linerate.shards.remote_stream import RemoteFile, ask_file, download, find_file
 from linerate.shards.remote_tar_task import RemoteTar, RemoteTarTask, bucket_of_key, skeleton_path
-from linerate.shards.remote_url import show_url
+from linerate.shards.remote_url import show_url, stored_url
 from linerate.shards.sources import Source
 from linerate.shards.spill_layout import BUCKET_BYTES, MAX_BUCKETS, MAX_PIECES, PIECE_BYTES, part_path
 from linerate.shards.spill_task import load_index
@@ -100,7 +100,7 @@ class TarsLayout:
 
     seed: int
     tars: list[list[Any]]
-    """[URL as it may be shown, bytes, version] of each."""
+    """[URL as it may be stored, bytes, version] of each."""
     num_buckets: int
     pieces: list[int]
     """Number of the first tar of each piece."""
@@ -212,7 +212,7 @@ def _bring_manifests(
     files: list[Path] = []
     numbers: dict[str, int] = {}
     for file in found:
-        base, _, name = show_url(file.url).rpartition("/")
+        base, _, name = stored_url(file.url).rpartition("/")
         # Manifests of one place lie in one folder, as their relative paths have one base.
         here = folder / f"{numbers.setdefault(base, len(numbers)):06d}"
         here.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def _make_layout(files: list[RemoteFile], seed: int) -> TarsLayout:
         filled += file.size
     return TarsLayout(
         seed=seed,
-        tars=[[show_url(file.url), file.size, file.version] for file in files],
+        tars=[[stored_url(file.url), file.size, file.version] for file in files],
         num_buckets=min(MAX_BUCKETS, max(1, -(-total // BUCKET_BYTES))),
         pieces=pieces,
     )

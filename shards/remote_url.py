@@ -104,13 +104,18 @@ def without_userinfo(text: str) -> str:
     return f"{found[0]}{hostport}{target}"
 
 
-def show_url(text: str) -> str:
-    """The URL as messages show it: no name, no password, no query (it may be signed), not too long."""
+def stored_url(text: str) -> str:
+    """The URL as it may be stored and compared: no name, no password, no query, which may be signed."""
     plain = without_userinfo(text)
     found = _SCHEME.match(plain)
     if found and found[1].lower() not in STORES:
         plain = re.split(r"[?#]", plain, maxsplit=1)[0]
-    plain = _CONTROL.sub("?", plain)
+    return _CONTROL.sub("?", plain)
+
+
+def show_url(text: str) -> str:
+    """The URL as messages show it: as stored_url, and not too long."""
+    plain = stored_url(text)
     return plain if len(plain) <= 200 else f"{plain[:197]}..."
 
 

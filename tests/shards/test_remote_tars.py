@@ -142,6 +142,17 @@ def test_classes_of_a_field_are_those_of_local_tars(
     assert not server.ranges
 
 
+def test_long_urls_are_told_apart_at_their_ends(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    names = [f"{'x' * 200}-{number}.tar" for number in range(2)]
+    server.files |= {name: tars["folder.tar"] for name in names}
+    for name in names:
+        (tmp_path / name).write_bytes(tars["folder.tar"])
+    there = pack_url([server.url(f"ranged/{name}") for name in names], tmp_path / "a")
+    assert there == pack_url([str(tmp_path / name) for name in names], tmp_path / "b")
+
+
 def test_killed_after_reading_the_tars_are_not_read_again(
     server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
