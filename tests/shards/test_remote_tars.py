@@ -142,6 +142,20 @@ def test_classes_of_a_field_are_those_of_local_tars(
     assert not server.ranges
 
 
+def test_tars_in_which_nothing_is_add_nothing(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.files["empty.tar"] = tar_of({})
+    server.files["outer.tar"] = tar_of({"cat.tar": tar_of({}), "dog.tar": tar_of({"a.jpg": b"x"})})
+    names = ["empty.tar", "folder.tar", "outer.tar"]
+    for name in names:
+        (tmp_path / name).write_bytes(server.files[name])
+    there = pack_url([server.url(f"ranged/{name}") for name in names], tmp_path / "a")
+    assert there == pack_url([str(tmp_path / name) for name in names], tmp_path / "b")
+    with pytest.raises(UserError, match=r"the source .*empty\.tar holds no files"):
+        pack_url(server.url("ranged/empty.tar"), tmp_path / "c")
+
+
 def test_long_urls_are_told_apart_at_their_ends(
     server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
 ) -> None:
