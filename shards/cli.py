@@ -66,7 +66,7 @@ class PackArgs(PackOptions, FetchOptions):
     worker_count: int | Literal["auto"] | None = None
     """How many workers there are, N."""
     plan_wait_s: float = 86400.0
-    """A worker waits at most so long for the plan that another one makes."""
+    """A worker of --worker-index waits at most so long for the plan that another one makes."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 

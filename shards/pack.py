@@ -45,7 +45,7 @@ from linerate.shards.plan import (
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
 from linerate.shards.remote_tars import bring_source, is_unread
-from linerate.shards.remote_url import without_userinfo
+from linerate.shards.remote_url import refuse_staging, without_userinfo
 from linerate.shards.shard_stats import ShardStats, StatsLog, load_sources
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
@@ -111,6 +111,8 @@ def open_labelled(
 ) -> Source | ManifestSource:
     """The source that these paths make, with the classes of a ground truth or a field where one is given."""
     opened = open_any_source(paths, columns=options.manifest_columns, fetch=fetch)
+    if not isinstance(opened, ManifestSource):
+        _refuse_columns(options)
     if ground_truth is None:
         if options.label_column is None or isinstance(opened, ManifestSource):
             return opened
@@ -122,6 +124,16 @@ def open_labelled(
     if options.label_column is not None:
         raise UserError("--ground-truth and --label-column both tell the classes; give one of them")
     return LabelledSource(opened, load_ground_truth(ground_truth))
+
+
+def _refuse_columns(options: PackOptions) -> None:
+    """Raise UserError for columns that only a manifest has."""
+    for name, column in vars(options.manifest_columns).items():
+        if column is not None and name != "label_column":
+            raise UserError(
+                f"--{name.replace('_', '-')} {column} names a column of a manifest, the source is none; "
+                f"leave it out, or give a .parquet, .csv, .tsv or .jsonl"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +160,7 @@ def pack_source(
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
     options, effort = options or PackOptions(), effort or Effort()
+    refuse_staging(out, staging)
     if not is_remote(out):
         return _pack_folder(opened, Path(out), options, effort, append=append)
     if effort.engine.kind == "ray" and staging is None:

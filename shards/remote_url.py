@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote
 
+from linerate.shards.errors import UserError
 from linerate.shards.inspect_image import RejectedError
 
 # A plan's container of this name says that `path` is a whole URL.
@@ -57,6 +59,12 @@ class Url:
 def is_url(text: str) -> bool:
     """Does it begin with a scheme and `://`, allowed or not?"""
     return _SCHEME.match(text) is not None
+
+
+def refuse_staging(out: Path | str, staging: Path | None) -> None:
+    """Raise UserError where a folder is given that nothing would be put into."""
+    if staging is not None and not is_url(str(out)):
+        raise UserError(f"--staging {staging} is for an OUT at a URL, and {out} is a folder; leave it out")
 
 
 def parse_url(text: str) -> Url:

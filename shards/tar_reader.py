@@ -16,7 +16,7 @@ from linerate.shards.errors import UserError
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a PAX record
 MAX_NAME_BYTES = 4096  # the longest path that a file system takes
-# What tar and tarfile write where there is no member: a record of zeros. A longer one is a file never written.
+# What tar and tarfile write where there is no member: a record of zeros. A longer one was never written.
 EMPTY_TAR_BYTES = 20 * BLOCK
 
 

@@ -133,6 +133,13 @@ def test_a_key_that_occurs_twice_is_taken_once(tmp_path: Path) -> None:
     assert (counted.filtered, rejects_of(counted), rows_of(counted)) == ({"dedup": 2}, [], found)
 
 
+def test_columns_of_a_manifest_are_refused_where_there_is_none(photo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--path-column url names a column of a manifest, the source is none"
+    ):
+        pack(photo_folder, tmp_path / "out", options=PackOptions(path_column="url"))
+
+
 def test_a_key_column_names_the_samples(tmp_path: Path) -> None:
     path = write(tmp_path / "m.parquet", file=["/1.jpg", "s3://b/2", "3"], id=["x", "y", None], w=[1, 2, 3])
     plan = plan_of(path, key_column="ID")

@@ -287,6 +287,19 @@ def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> 
         pack(photo_folder, "s3://shards/in1k", engine=Engine(kind="ray"))
 
 
+def test_a_staging_folder_that_nothing_would_use_is_refused(packed: Catalog, photo_folder: Path) -> None:
+    out = str(packed.root)
+    words = ["pack", str(photo_folder), out]
+    for command in (
+        words,
+        [*words, "--worker-index", "0", "--worker-count", "1"],
+        ["finish", out],
+        ["verify", out],
+    ):
+        with pytest.raises(UserError, match=r"--staging st is for an OUT at a URL, and .* is a folder"):
+            main([*command, "--staging", "st"])
+
+
 def test_a_missing_bucket_of_google_is_told_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(path: str, detail: bool) -> None:
         raise FileNotFoundError("b/absent/o")
