@@ -52,6 +52,7 @@ from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
 from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
 from linerate.shards.worker import TaskFailure
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 Progress = Callable[[str, float], None]
 """Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); before
 these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since); and with
@@ -217,7 +218,14 @@ def prepare(
     wanted = asdict(options) | (base.options if base else {})
     refuse_other_version(out / WORK_NAME)
     refuse_other_options(out, wanted, base)
-    return _plan(source, out, options, wanted, base, effort), base
+    try:
+        return _plan(source, out, options, wanted, base, effort), base
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"no space left for the plan of {out}; the same command again makes it once there is space"
+        ) from None
 
 
 def plan_tasks(
@@ -447,7 +455,7 @@ def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:
 
 def _stopped(out: Path, failure: TaskFailure, *, done: int, total: int) -> UserError:
     kept = f"{done} of {total} shards are whole; the same command again continues"
-    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+    if failure.errno in _NO_SPACE:
         return UserError(f"no space left for {out}; {kept} once there is space")
     return UserError(f"{failure.text}; {kept} once that is mended")
 

@@ -322,7 +322,10 @@ def _read(
             on_progress=lambda size: on_progress("fetch", size),
         )
     except StoppedError as stop:
-        raise UserError(stop.failure.text) from None
+        said = stop.failure.text
+        if stop.failure.kind != "UserError":
+            said = f"{tasks[0].folder}: {said}; the same command again continues once that is mended"
+        raise UserError(said) from None
     if failures:
         failure = next(iter(failures.values()))
         raise UserError(

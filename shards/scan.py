@@ -97,7 +97,12 @@ class RejectWriter:
     def add(self, rows: list[tuple[str, int, str, str]]) -> None:
         """rows: (key, size, reason, detail)."""
         self.reasons.update(f"{reason} ({detail})" if detail else reason for _, _, reason, detail in rows)
-        write_rows(self._writer, REJECT_SCHEMA, [(None, without_userinfo(key), *row) for key, *row in rows])
+        most = 2**63 - 1  # what a manifest says is a size may be more than a size can be
+        write_rows(
+            self._writer,
+            REJECT_SCHEMA,
+            [(None, without_userinfo(key), min(size, most), *why) for key, size, *why in rows],
+        )
 
 
 def scan_rows(

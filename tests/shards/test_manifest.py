@@ -110,6 +110,12 @@ def test_rows_that_name_no_sample_are_rejects_with_a_reason(tmp_path: Path) -> N
     ]
 
 
+def test_a_size_beyond_what_a_size_can_be_is_a_reject(tmp_path: Path) -> None:
+    sizes = pa.array([5, 2**64 - 1], pa.uint64())
+    plan = plan_of(write(tmp_path / "m.parquet", path=["a.jpg", "b.jpg"], size=sizes))
+    assert rejects_of(plan) == [("b.jpg", "too many bytes", f"{2**64 - 1} exceeds 1073741824")]
+
+
 def test_lines_that_do_not_parse_are_rejects(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path,label\na.jpg,cat\nb.jpg\nc.jpg,dog,3\nd.jpg,dog\n")
     plan = plan_of(tmp_path / "m.csv")

@@ -1,5 +1,6 @@
 """Tars at URLs: read once, front to back, and the shards of the same tars on disk."""
 
+import errno
 import io
 import json
 import shutil
@@ -140,6 +141,24 @@ def test_classes_of_a_field_are_those_of_local_tars(
     server.ranges.clear()
     assert pack_url(url, tmp_path / "a", options) == there
     assert not server.ranges
+
+
+def test_a_full_disk_is_told_and_is_gone_on_from(
+    server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    url, out = server.url("ranged/folder.tar"), tmp_path / "out"
+    for name, said in {
+        "linerate.shards.spill_task.os.writev": r"out/\.pack/tars: No space left on device; the same command",
+        "linerate.shards.pack.make_plan": r"no space left for the plan of .*out; the same command",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(UserError, match=said):
+                pack_url(url, out)
+    assert pack_url(url, out) == local["folder.tar"]
 
 
 def test_tars_in_which_nothing_is_add_nothing(
