@@ -171,7 +171,7 @@ class TarBuckets:
             return
         layout = found[1]
         self._waiting = {bucket: set() for bucket in range(layout.num_buckets)}
-        for shard, table in enumerate(load_plan_rows(plan.folder)):
+        for shard, table in enumerate(load_plan_rows(plan.folder, ["key"])):
             if shard in shards:
                 ends = [table.column("key")[row].as_py() for row in (0, len(table) - 1)]
                 first, last = (

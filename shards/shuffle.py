@@ -113,7 +113,7 @@ class Shuffle:
 
     def sorted_tables(self) -> Iterator[Any]:
         """All rows, in tables of at most STREAM_ROWS; once. The order of equal places is left open."""
-        # Where a piece of all runs is more than may be held it is read in several rounds, a range of places in each.
+        # Where a piece of all runs is more than may be held, it is read in rounds, a range of places in each.
         most = 2 * max(self._run_bytes, 1) * len(self._pieces)
         num_rounds = max(1, -(-self._num_bytes // most)) if self._runs else 1
         parts: list[Any] = []
