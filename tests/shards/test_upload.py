@@ -275,11 +275,15 @@ def test_the_command_tells_what_lies_there(
     store: Any, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["pack", str(photo_folder), "s3://shards/in1k", "--staging", str(tmp_path), "--workers", "0"]
+    words += ["--limit", "40", "--where", "true"]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert (told["filtered"], told["appends"]) == ({"where": 0, "limit": 0}, [])
     assert (told["root"], told["num_samples"], told["packed_now"]) == ("s3://shards/in1k", 40, 40)
     assert main(words) == 0
-    assert "nothing was left to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing was left to do" in said
+    assert "0 by --where, 0 by --limit" in said
 
 
 def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> None:
