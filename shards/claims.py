@@ -1,16 +1,17 @@
 """Who writes to a prefix of an object store: claims that are renewed, because a store has no lock.
 
 `.pack/claims/ROLE--ID.json` says who writes, and is written again every HEARTBEAT_S. A writer puts its claim,
-then lists the others. One of this machine is alive if its process is; one of another machine if it is renewed
-within STALE_S, by the store's own clock, which is waited for. Whoever finds a live one that it cannot work
-beside is refused; two that start in the same moment may both be. What this cannot see is a writer that could
-not renew its claim for STALE_S and then goes on: both write the same bytes, if from the same source.
+then lists the others. One of this machine is alive if its process is; any other one if it is renewed within
+STALE_S, by the store's own clock, which is waited for. Whoever finds a live one that it cannot work beside is
+refused; two that start in the same moment may both be. What this cannot see is a writer that could not renew
+its claim for STALE_S and then goes on: both write the same bytes, if from the same source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from linerate.shards.bucket import Bucket
@@ -69,7 +71,9 @@ def claim(bucket: Bucket, role: Role, *, wait: bool = True) -> Iterator[None]:
     def renew() -> None:
         nonlocal beat
         beat += 1
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
+        pid = os.getpid()
+        who = {"host": socket.gethostname(), "machine": machine(), "pid": pid, "started": started(pid)}
+        who["beat"] = beat
         bucket.put_bytes(json.dumps(who).encode(), name)
 
     over = threading.Event()
@@ -135,7 +139,7 @@ def _is_alive(bucket: Bucket, name: str) -> tuple[bool | None, str]:
     except (ValueError, TypeError, KeyError):
         return None, "unknown"
     whom = f"process {pid} on {host}"
-    if host != socket.gethostname():
+    if who.get("machine") != machine():
         return None, whom
     try:
         os.kill(pid, 0)
@@ -143,7 +147,29 @@ def _is_alive(bucket: Bucket, name: str) -> tuple[bool | None, str]:
         return False, whom
     except PermissionError:
         pass
-    return True, whom
+    return who.get("started") == started(pid), whom
+
+
+@functools.cache
+def machine() -> str:
+    """Where a number of a process means the same one: host, its boot, and its namespace of processes.
+
+    A pod that is started again has the name and the process numbers of the one that was killed.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def started(pid: int) -> str:
+    """When a process began, by the kernel's clock; empty where nothing tells."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return ""
+    return told.rpartition(b")")[2].split()[19].decode("ascii")
 
 
 def _changed(info: dict[str, Any]) -> datetime.datetime:

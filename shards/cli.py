@@ -66,7 +66,7 @@ class PackArgs(PackOptions, FetchOptions):
     worker_count: int | Literal["auto"] | None = None
     """How many workers there are, N."""
     plan_wait_s: float = 86400.0
-    """A worker waits at most so long for the plan that another one makes."""
+    """A worker of --worker-index waits at most so long for the plan that another one makes."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -218,9 +218,7 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
     changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
     if changed:
         table.add_row("changed", _listed(changed).replace(" when packed", ""))
-    if catalog.filtered:
-        left_out = {f"by --{name}": count for name, count in catalog.filtered.items()}
-        table.add_row("left out", _listed(left_out))
+    _add_left_out(table, catalog)
     table.add_row("rejected", _listed(overview.rejects) or "none")
     if not catalog.options.get("baseline") and any(
         reason.startswith("not a JPEG") for reason in overview.rejects
@@ -232,6 +230,12 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
     Console().print(table)
 
 
+def _add_left_out(table: Table, catalog: Catalog) -> None:
+    if catalog.filtered:
+        left_out = {f"by --{name}": count for name, count in catalog.filtered.items()}
+        table.add_row("left out", _listed(left_out))
+
+
 def _show_remote(url: str, catalog: Catalog, num_packed: int, seconds: float, *, json: bool) -> None:
     """What is known of shards that lie in a bucket without asking for their indices."""
     found = {
@@ -241,6 +245,8 @@ def _show_remote(url: str, catalog: Catalog, num_packed: int, seconds: float, *,
         "num_planned": catalog.num_planned,
         "num_rejected": catalog.num_rejected,
         "num_bytes": int(catalog.shard_bytes.sum()),
+        "filtered": catalog.filtered,
+        "appends": list(catalog.appends),
     }
     if json:
         terminal.emit_json(found | {"seconds": seconds, "packed_now": num_packed})
@@ -248,6 +254,7 @@ def _show_remote(url: str, catalog: Catalog, num_packed: int, seconds: float, *,
     table = Table(title=url, title_justify="left", show_header=False, box=None)
     table.add_row("samples", f"{catalog.num_samples:,}")
     table.add_row("shards", f"{catalog.num_shards}, {show_bytes(float(catalog.shard_bytes.sum()))}")
+    _add_left_out(table, catalog)
     table.add_row("rejected", f"{catalog.num_rejected:,}, see rejected.parquet")
     rate = f", {num_packed / seconds:,.0f} images/s" if num_packed else ", nothing was left to do"
     table.add_row("time", f"{seconds:.1f} s{rate}")

@@ -135,9 +135,10 @@ def _decode(data: Buffer, header: JpegHeader, *, min_factor: int) -> None:
     data = hide_profile(data, header)
     colorspace = "CMYK" if header.flags & CMYK else "GRAY"
     # Without a least height and width a factor is not obeyed.
-    least = 1 if min_factor > 1 else 0
+    least = 1 if min_factor > 1 and may_be_scaled(header) else 0
+    factor = min_factor if least else 1
     try:
-        simplejpeg.decode_jpeg(data, colorspace, True, True, least, least, min_factor, strict=True)
+        simplejpeg.decode_jpeg(data, colorspace, True, True, least, least, factor, strict=True)
     except ValueError as error:
         if not is_limit_of_simplejpeg(error):
             raise RejectedError("does not decode", one_line(error)) from None
@@ -149,6 +150,14 @@ def hide_profile(data: Buffer, header: JpegHeader) -> Buffer:
     if not header.flags & ICC:
         return data
     return bytes(data).replace(b"ICC_PROFILE\0", b"icc_profile\0")
+
+
+def may_be_scaled(header: JpegHeader) -> bool:
+    """May a decoder be asked for a fraction of the size?
+
+    libjpeg-turbo 3 decodes a lossless JPEG whole all the same, and writes over the end of simplejpeg's array.
+    """
+    return not header.flags & UNUSUAL_CODING
 
 
 def is_limit_of_simplejpeg(error: ValueError) -> bool:

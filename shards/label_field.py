@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linerate.shards.errors import UserError
-from linerate.shards.sources import Source, SourceReject, SourceRow
+from linerate.shards.sources import Source, SourceReject, SourceRow, plain_text
 
 _SHOWN_FIELDS = 20
 
@@ -41,9 +41,8 @@ class FieldLabelledSource:
             yield row._replace(label_name=name, label=label)
         if num_rows and not num_labelled:
             where = ", ".join(os.fspath(path) for path in self.containers[:3])
-            there = (
-                f"their fields are {', '.join(fields)}" if fields else "there is none: give tars that have"
-            )
+            names = ", ".join(map(plain_text, fields))
+            there = f"their fields are {names}" if fields else "there is none: give tars that have"
             raise UserError(
                 f"--label-column {self.field}: no .json beside the images of {where} has a text or a whole "
                 f"number in this field; {there}"
@@ -61,7 +60,7 @@ def parse_label(value: object) -> tuple[str | None, int]:
         return None, value
     if not isinstance(value, str):
         return None, -1
-    text = value.strip()
+    text = plain_text(value).strip()
     if text.isascii() and text.isdigit() and len(text) <= 9:
         return None, int(text)
     return text or None, -1

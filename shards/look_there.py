@@ -16,7 +16,7 @@ from linerate.shards.bucket import Bucket
 from linerate.shards.catalog import CATALOG_NAME, REJECTED_NAME, SHARDS_NAME, Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.out_folder import is_ours
-from linerate.shards.remote_url import STORES, is_url
+from linerate.shards.remote_url import STORES, is_url, refuse_staging
 from linerate.shards.shard_stats import STATS_NAME
 
 _AT_ONCE = 16
@@ -56,6 +56,7 @@ def look_at(where: str, *, staging: Path | None = None) -> Iterator[Look]:
     staging: where a folder for what is fetched is made, and removed when the block ends; by default the
     system's own for temporary files. Raises UserError as Catalog.load does, by the name the user gave.
     """
+    refuse_staging(where, staging)
     if not is_url(where):
         yield Look(Catalog.load(where), "")
         return

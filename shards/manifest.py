@@ -31,7 +31,7 @@ from linerate.shards.manifest_sql import (
     text_as_tags,
 )
 from linerate.shards.options import ManifestColumns
-from linerate.shards.remote_url import show_url
+from linerate.shards.remote_url import stored_url
 from linerate.shards.scan import MAX_CLASSES, Listing, RejectWriter, mixed_labels
 from linerate.shards.sources import Source, open_source
 
@@ -121,7 +121,7 @@ class ManifestSource:
     @property
     def containers(self) -> Sequence[Path | str]:
         """What is read to list the source; never written to."""
-        return [show_url(url) for url in self.urls] or list(self.files)
+        return [stored_url(url) for url in self.urls] or list(self.files)
 
     def open_listing(self, db: Any, folder: Path, rejects: RejectWriter) -> Listing:
         """The manifests as SQL. Text is made Parquet in `folder` first: it is read three times.

@@ -34,16 +34,25 @@ from linerate.shards.out_folder import (
     tidy_folder,
 )
 from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_plan_id
-from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan, refuse_other_version
+from linerate.shards.plan import (
+    DEFAULT_MEMORY,
+    Plan,
+    absolute_paths,
+    load_options,
+    make_plan,
+    refuse_other_version,
+)
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
 from linerate.shards.remote_tars import bring_source, is_unread
-from linerate.shards.shard_stats import ShardStats, StatsLog
+from linerate.shards.remote_url import refuse_staging, without_userinfo
+from linerate.shards.shard_stats import ShardStats, StatsLog, load_sources
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
 from linerate.shards.upload import is_remote, load_marks_there, pack_through, publish_plan
 from linerate.shards.worker import TaskFailure
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 Progress = Callable[[str, float], None]
 """Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); before
 these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since); and with
@@ -103,6 +112,8 @@ def open_labelled(
 ) -> Source | ManifestSource:
     """The source that these paths make, with the classes of a ground truth or a field where one is given."""
     opened = open_any_source(paths, columns=options.manifest_columns, fetch=fetch)
+    if not isinstance(opened, ManifestSource):
+        _refuse_columns(options)
     if ground_truth is None:
         if options.label_column is None or isinstance(opened, ManifestSource):
             return opened
@@ -114,6 +125,16 @@ def open_labelled(
     if options.label_column is not None:
         raise UserError("--ground-truth and --label-column both tell the classes; give one of them")
     return LabelledSource(opened, load_ground_truth(ground_truth))
+
+
+def _refuse_columns(options: PackOptions) -> None:
+    """Raise UserError for columns that only a manifest has."""
+    for name, column in vars(options.manifest_columns).items():
+        if column is not None and name != "label_column":
+            raise UserError(
+                f"--{name.replace('_', '-')} {column} names a column of a manifest, the source is none; "
+                f"leave it out, or give a .parquet, .csv, .tsv or .jsonl"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +161,7 @@ def pack_source(
 ) -> Catalog:
     """As `pack`, for a source that is open already."""
     options, effort = options or PackOptions(), effort or Effort()
+    refuse_staging(out, staging)
     if not is_remote(out):
         return _pack_folder(opened, Path(out), options, effort, append=append)
     if effort.engine.kind == "ray" and staging is None:
@@ -196,7 +218,14 @@ def prepare(
     wanted = asdict(options) | (base.options if base else {})
     refuse_other_version(out / WORK_NAME)
     refuse_other_options(out, wanted, base)
-    return _plan(source, out, options, wanted, base, effort), base
+    try:
+        return _plan(source, out, options, wanted, base, effort), base
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"no space left for the plan of {out}; the same command again makes it once there is space"
+        ) from None
 
 
 def plan_tasks(
@@ -315,7 +344,9 @@ def _plan(
     work = out / WORK_NAME
     before = _plan_before(out, base)
     if not base and is_unread(source) and _is_finished(out, effort):
-        raise NothingNewError  # to compare its tars would take to read them again
+        given = [without_userinfo(path) for path in absolute_paths(source)]
+        if given in load_sources(out):
+            raise NothingNewError  # to compare these tars would take to read them again
     source = bring_source(
         source,
         work,
@@ -424,7 +455,7 @@ def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:
 
 def _stopped(out: Path, failure: TaskFailure, *, done: int, total: int) -> UserError:
     kept = f"{done} of {total} shards are whole; the same command again continues"
-    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+    if failure.errno in _NO_SPACE:
         return UserError(f"no space left for {out}; {kept} once there is space")
     return UserError(f"{failure.text}; {kept} once that is mended")
 

@@ -1,4 +1,4 @@
-"""The part of planning that DuckDB does: filters, counts and the global shuffle, within bounded memory."""
+"""The part of planning that DuckDB does: filters, counts and the columns of a plan, within bounded memory."""
 
 from __future__ import annotations
 

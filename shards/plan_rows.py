@@ -186,15 +186,15 @@ def write_plan_rows(
     return num_rows, num_known, num_bytes
 
 
-def load_plan_rows(folder: Path) -> Iterator[Any]:
-    """The rows of a folder's plan, shard by shard."""
+def load_plan_rows(folder: Path, columns: list[str] | None = None) -> Iterator[Any]:
+    """The rows of a folder's plan, shard by shard; of all columns, or of these."""
     for first in itertools.count(step=SHARDS_PER_FILE):
         path = rows_path(folder, first)
         if not path.exists():
             return
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                yield file.read_row_group(group)
+                yield file.read_row_group(group, columns=columns)
 
 
 def _open_writer(path: Path, schema: Any) -> Any:

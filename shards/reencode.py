@@ -37,6 +37,7 @@ from linerate.shards.inspect_image import (
     check_size,
     hide_profile,
     is_limit_of_simplejpeg,
+    may_be_scaled,
     one_line,
 )
 from linerate.shards.options import ImagePolicy
@@ -110,7 +111,7 @@ def _load_jpeg(data: Buffer, header: JpegHeader, policy: ImagePolicy) -> _Loaded
     colorspace = "GRAY" if header.flags & GRAY else "RGB"
     visible = hide_profile(data, header)
     # By powers of two only: for other factors libjpeg-turbo has no fast transform.
-    side = min(header.height, header.width)
+    side = min(header.height, header.width) if may_be_scaled(header) else 0
     factor = next((f for f in (8, 4, 2) if policy.resize is not None and -(-side // f) >= policy.resize), 1)
     least = (-(-header.height // factor), -(-header.width // factor)) if factor > 1 else (0, 0)
     try:

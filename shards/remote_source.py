@@ -14,7 +14,7 @@ from linerate.shards.manifest import ManifestSource, manifest_kind
 from linerate.shards.options import ManifestColumns
 from linerate.shards.remote_http import RetryError
 from linerate.shards.remote_store import StoreClient
-from linerate.shards.remote_url import STORES, Url, is_url, parse_url, show_url
+from linerate.shards.remote_url import STORES, Url, is_url, parse_url, show_url, stored_url
 from linerate.shards.sources import SourceReject, SourceRow
 
 _SIGNS = "*?["
@@ -33,8 +33,8 @@ class RemoteTars:
 
     @property
     def containers(self) -> list[str]:
-        """The URLs, as they may be shown and stored."""
-        return [show_url(url) for url in self.urls]
+        """The URLs, as they may be stored."""
+        return [stored_url(url) for url in self.urls]
 
     def rows(self) -> Iterator[SourceRow | SourceReject]:
         raise AssertionError("bring_source reads the tars first")
@@ -137,4 +137,4 @@ def _is_kind(name: str) -> bool:
 
 
 def _name(url: str) -> str:
-    return show_url(url).rpartition("/")[2]
+    return stored_url(url).rpartition("/")[2]

@@ -102,7 +102,7 @@ def _read_tar(
     try:
         with temp.open("wb") as skeleton, contextlib.closing(stream(tar.file, task.options)) as chunks:
             source = ForwardReader(chunks, tar.file, skeleton.fileno())
-            if not begins_tar(source.pread(BLOCK, 0)):
+            if not begins_tar(source.pread(BLOCK, 0), size=tar.file.size):
                 raise UserError(
                     f"the source {show_url(tar.file.url)} is no uncompressed tar; a .tar.gz or .zip is read "
                     f"from start to end only, unpack it first"
@@ -129,7 +129,9 @@ def _read_members(
         name = display_name(member.name)
         if name.endswith(".tar"):
             inside = within is None and not name.rpartition("/")[2].startswith(".")
-            if inside and begins_tar(source.pread(min(BLOCK, member.size), member.offset)):
+            if not inside:
+                continue
+            if begins_tar(source.pread(min(BLOCK, member.size), member.offset), size=member.size):
                 _read_members(source, tar, f"{prefix}{name.removesuffix('.tar')}/", member, keep)
         elif name.lower().endswith(_LISTED):
             if member.size <= MAX_JSON_BYTES:  # of a longer one nothing but its size is asked

@@ -24,6 +24,7 @@ from linerate.shards.engines import StoppedError, choose_num_workers, run_tasks
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.imagenet import LabelledSource
+from linerate.shards.label_field import FieldLabelledSource
 from linerate.shards.manifest import ManifestSource
 from linerate.shards.out_folder import TARS_NAME
 from linerate.shards.plan import Plan
@@ -31,7 +32,7 @@ from linerate.shards.plan_rows import load_plan_rows
 from linerate.shards.remote_source import RemoteTars
 from linerate.shards.remote_stream import RemoteFile, ask_file, download, find_file
 from linerate.shards.remote_tar_task import RemoteTar, RemoteTarTask, bucket_of_key, skeleton_path
-from linerate.shards.remote_url import show_url
+from linerate.shards.remote_url import show_url, stored_url
 from linerate.shards.sources import Source
 from linerate.shards.spill_layout import BUCKET_BYTES, MAX_BUCKETS, MAX_PIECES, PIECE_BYTES, part_path
 from linerate.shards.spill_task import load_index
@@ -39,6 +40,8 @@ from linerate.shards.tar_source import TarSource, key_prefixes
 
 MANIFESTS_NAME = "manifests"
 _LAYOUT_NAME = "layout.json"
+# Sources around another one, which tell the classes of its images.
+_LABELLED = (LabelledSource, FieldLabelledSource)
 
 
 class BroughtTars(TarSource):
@@ -68,7 +71,7 @@ def bring_source(
     on_progress: ("to fetch", bytes in all), then ("fetch", bytes since). Raises UserError for what cannot be
     read, or has no room.
     """
-    if isinstance(source, LabelledSource):
+    if isinstance(source, _LABELLED):
         inner = bring_source(
             source.source,
             work,
@@ -88,7 +91,7 @@ def bring_source(
 
 def is_unread(source: Source | ManifestSource) -> bool:
     """Must all of its bytes be read before it can be listed?"""
-    return isinstance(source.source if isinstance(source, LabelledSource) else source, RemoteTars)
+    return isinstance(source.source if isinstance(source, _LABELLED) else source, RemoteTars)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class TarsLayout:
 
     seed: int
     tars: list[list[Any]]
-    """[URL as it may be shown, bytes, version] of each."""
+    """[URL as it may be stored, bytes, version] of each."""
     num_buckets: int
     pieces: list[int]
     """Number of the first tar of each piece."""
@@ -168,7 +171,7 @@ class TarBuckets:
             return
         layout = found[1]
         self._waiting = {bucket: set() for bucket in range(layout.num_buckets)}
-        for shard, table in enumerate(load_plan_rows(plan.folder)):
+        for shard, table in enumerate(load_plan_rows(plan.folder, ["key"])):
             if shard in shards:
                 ends = [table.column("key")[row].as_py() for row in (0, len(table) - 1)]
                 first, last = (
@@ -209,7 +212,7 @@ def _bring_manifests(
     files: list[Path] = []
     numbers: dict[str, int] = {}
     for file in found:
-        base, _, name = show_url(file.url).rpartition("/")
+        base, _, name = stored_url(file.url).rpartition("/")
         # Manifests of one place lie in one folder, as their relative paths have one base.
         here = folder / f"{numbers.setdefault(base, len(numbers)):06d}"
         here.mkdir(parents=True, exist_ok=True)
@@ -265,7 +268,7 @@ def _make_layout(files: list[RemoteFile], seed: int) -> TarsLayout:
         filled += file.size
     return TarsLayout(
         seed=seed,
-        tars=[[show_url(file.url), file.size, file.version] for file in files],
+        tars=[[stored_url(file.url), file.size, file.version] for file in files],
         num_buckets=min(MAX_BUCKETS, max(1, -(-total // BUCKET_BYTES))),
         pieces=pieces,
     )
@@ -319,7 +322,10 @@ def _read(
             on_progress=lambda size: on_progress("fetch", size),
         )
     except StoppedError as stop:
-        raise UserError(stop.failure.text) from None
+        said = stop.failure.text
+        if stop.failure.kind != "UserError":
+            said = f"{tasks[0].folder}: {said}; the same command again continues once that is mended"
+        raise UserError(said) from None
     if failures:
         failure = next(iter(failures.values()))
         raise UserError(

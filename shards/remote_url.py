@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote
 
+from linerate.shards.errors import UserError
 from linerate.shards.inspect_image import RejectedError
 
 # A plan's container of this name says that `path` is a whole URL.
@@ -59,6 +61,12 @@ def is_url(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
+def refuse_staging(out: Path | str, staging: Path | None) -> None:
+    """Raise UserError where a folder is given that nothing would be put into."""
+    if staging is not None and not is_url(str(out)):
+        raise UserError(f"--staging {staging} is for an OUT at a URL, and {out} is a folder; leave it out")
+
+
 def parse_url(text: str) -> Url:
     """The parts of a URL. Raises RejectedError("bad URL", ...) for what is none of the four schemes."""
     found = _SCHEME.match(text)
@@ -104,13 +112,18 @@ def without_userinfo(text: str) -> str:
     return f"{found[0]}{hostport}{target}"
 
 
-def show_url(text: str) -> str:
-    """The URL as messages show it: no name, no password, no query (it may be signed), not too long."""
+def stored_url(text: str) -> str:
+    """The URL as it may be stored and compared: no name, no password, no query, which may be signed."""
     plain = without_userinfo(text)
     found = _SCHEME.match(plain)
     if found and found[1].lower() not in STORES:
         plain = re.split(r"[?#]", plain, maxsplit=1)[0]
-    plain = _CONTROL.sub("?", plain)
+    return _CONTROL.sub("?", plain)
+
+
+def show_url(text: str) -> str:
+    """The URL as messages show it: as stored_url, and not too long."""
+    plain = stored_url(text)
     return plain if len(plain) <= 200 else f"{plain[:197]}..."
 
 

@@ -97,7 +97,12 @@ class RejectWriter:
     def add(self, rows: list[tuple[str, int, str, str]]) -> None:
         """rows: (key, size, reason, detail)."""
         self.reasons.update(f"{reason} ({detail})" if detail else reason for _, _, reason, detail in rows)
-        write_rows(self._writer, REJECT_SCHEMA, [(None, without_userinfo(key), *row) for key, *row in rows])
+        most = 2**63 - 1  # what a manifest says is a size may be more than a size can be
+        write_rows(
+            self._writer,
+            REJECT_SCHEMA,
+            [(None, without_userinfo(key), min(size, most), *why) for key, size, *why in rows],
+        )
 
 
 def scan_rows(
@@ -119,9 +124,12 @@ def scan_rows(
 
     def flush() -> None:
         nonlocal highest, rows
-        table, numbered = _scan_table(rows, found)
-        highest = max(highest, numbered)
-        _require_classes(source, highest + 1, len(found))
+        columns = list(zip(*rows, strict=True)) or [()] * len(SourceRow._fields)
+        of = dict(zip(SourceRow._fields, columns, strict=True))
+        highest = max(highest, max(of["label"], default=-1))
+        _require_classes(source, highest + 1)  # before a number is more than an int32 takes
+        table = _scan_table(of, found)
+        _require_classes(source, len(found))
         write(table)
         on_rows(len(rows))
         rows = []
@@ -160,11 +168,11 @@ def scan_rows(
     return listing, classes
 
 
-def _require_classes(source: Source, *counts: int) -> None:
+def _require_classes(source: Source, count: int) -> None:
     """Raise UserError where classes, by number or by name, are too many."""
-    if max(counts) > MAX_CLASSES:
+    if count > MAX_CLASSES:
         raise UserError(
-            f"{', '.join(os.fspath(path) for path in source.containers[:3])} has {max(counts):,} classes; at "
+            f"{', '.join(os.fspath(path) for path in source.containers[:3])} has {count:,} classes; at "
             f"most {MAX_CLASSES:,} are taken, numbered from 0: give a source that has fewer, or no labels"
         )
 
@@ -194,12 +202,9 @@ def write_rows(writer: Any, schema: Any, rows: list[tuple[Any, ...]]) -> None:
     writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
-def _scan_table(rows: list[SourceRow], found: dict[str, int]) -> tuple[Any, int]:
-    """The rows as a table, and the highest class number that the source itself states; `found` grows."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(SourceRow._fields)
-    of = dict(zip(SourceRow._fields, columns, strict=True))
+def _scan_table(of: dict[str, tuple[Any, ...]], found: dict[str, int]) -> Any:
+    """Rows as a table, of their columns by the fields of SourceRow; `found` grows."""
     labels = np.asarray(of["label"], np.int32)
-    highest = int(labels.max(initial=-1))
     names = pa.array(of["label_name"], pa.string()).dictionary_encode()
     numbers = [found.setdefault(name, len(found)) for name in names.dictionary.to_pylist()]
     if numbers:
@@ -207,4 +212,4 @@ def _scan_table(rows: list[SourceRow], found: dict[str, int]) -> tuple[Any, int]
         named = np.array([*numbers, -1], np.int32)[place]
         labels = np.where(place < len(numbers), named, labels)
     arrays = [pa.array(labels if one.name == "label" else of[one.name], one.type) for one in SCAN_SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=SCAN_SCHEMA), highest
+    return pa.Table.from_arrays(arrays, schema=SCAN_SCHEMA)

@@ -72,6 +72,7 @@ class Shuffle:
         self._end = None if sample is None or sample >= 1 else int(sample * 2**64)
         self._pieces: list[list[Any]] = [[] for _ in range(1 << PIECE_BITS)]
         self._held_bytes = 0
+        self._num_bytes = 0
         self._runs: list[Any] = []
         self._files = contextlib.ExitStack()
         self.num_rows = 0
@@ -105,20 +106,36 @@ class Shuffle:
                 self._pieces[piece].append(table.slice(start, end - start))
         self.num_rows += len(table)
         self._held_bytes += table.nbytes
+        self._num_bytes += table.nbytes
         if self._held_bytes > self._run_bytes:
             self._write_run(table.schema)
         return table
 
     def sorted_tables(self) -> Iterator[Any]:
         """All rows, in tables of at most STREAM_ROWS; once. The order of equal places is left open."""
+        # Where a piece of all runs is more than may be held, it is read in rounds, a range of places in each.
+        most = 2 * max(self._run_bytes, 1) * len(self._pieces)
+        num_rounds = max(1, -(-self._num_bytes // most)) if self._runs else 1
         parts: list[Any] = []
-        for piece, held in enumerate(self._pieces):
-            parts += [pa.Table.from_batches([run.get_batch(piece)]) for run in self._runs] + held
-            held.clear()
+        for step in range(num_rounds * len(self._pieces)):
+            piece, turn = divmod(step, num_rounds)
+            parts += self._load(piece, turn, num_rounds)
             # Pieces of a short list are sorted together: each table costs its readers 0.2 ms.
-            if sum(map(len, parts)) >= STREAM_ROWS or piece == len(self._pieces) - 1:
+            if sum(map(len, parts)) >= STREAM_ROWS or step == num_rounds * len(self._pieces) - 1:
                 yield from _in_order(parts)
                 parts = []
+
+    def _load(self, piece: int, turn: int, num_rounds: int) -> Iterator[Any]:
+        """The rows of a piece, of all runs; of several rounds those in this one's range of places."""
+        held = self._pieces[piece]
+        span = 1 << 64 - PIECE_BITS
+        low, high = (piece * span + span * end // num_rounds for end in (turn, turn + 1))
+        for table in itertools.chain(
+            (pa.Table.from_batches([run.get_batch(piece)]) for run in self._runs), held
+        ):
+            yield table if num_rounds == 1 else _between(table, low, high)
+        if turn == num_rounds - 1:
+            held.clear()
 
     def _write_run(self, schema: Any) -> None:
         path = self._folder / f"run-{len(self._runs)}.arrow"
@@ -132,6 +149,12 @@ class Shuffle:
         self._held_bytes = 0
         file = self._files.enter_context(pa.OSFile(str(path), "rb"))
         self._runs.append(pa.ipc.open_file(file))
+
+
+def _between(table: Any, low: int, high: int) -> Any:
+    """The rows whose places are from `low` up to, but without, `high`."""
+    places = table.column(PLACE).to_numpy()
+    return table.filter(pa.array((places >= low) & (places <= high - 1)))
 
 
 def _in_order(parts: list[Any]) -> Iterator[Any]:

@@ -210,6 +210,11 @@ def display_name(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")
 
 
+def plain_text(text: str) -> str:
+    """Text as UTF-8 can say it; half a character, which JSON's escapes may make, becomes \\uNNNN."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def open_source(paths: Sequence[Path | str]) -> Source:
     """The source that these paths make: one folder, or one or several tars.
 

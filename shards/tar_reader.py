@@ -16,6 +16,8 @@ from linerate.shards.errors import UserError
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a PAX record
 MAX_NAME_BYTES = 4096  # the longest path that a file system takes
+# What tar and tarfile write where there is no member: a record of zeros. A longer one was never written.
+EMPTY_TAR_BYTES = 20 * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +149,17 @@ def _behind_sparse_map(source: Readable, pos: int, end: int) -> int:
 
 
 def is_tar(path: Path, *, within: Member | None = None) -> bool:
-    """Does this file, or this member of it, begin with the header of a tar member, uncompressed?"""
+    """Is this file, or this member of it, by its beginning an uncompressed tar?"""
     with path.open("rb") as file:
-        place = (min(BLOCK, within.size), within.offset) if within else (BLOCK, 0)
-        header = os.pread(file.fileno(), *place)
-    return begins_tar(header)
+        size, offset = (within.size, within.offset) if within else (os.fstat(file.fileno()).st_size, 0)
+        return begins_tar(os.pread(file.fileno(), min(BLOCK, size), offset), size=size)
 
 
-def begins_tar(header: bytes) -> bool:
-    """Is this the header of a tar's member?"""
-    return len(header) == BLOCK and _sum_agrees(header)
+def begins_tar(header: bytes, *, size: int) -> bool:
+    """Is what begins so, and has `size` bytes, a tar: with a member's header, or empty?"""
+    if len(header) < BLOCK:
+        return False
+    return _sum_agrees(header) or (2 * BLOCK <= size <= EMPTY_TAR_BYTES and header.count(0) == BLOCK)
 
 
 def _sum_agrees(header: bytes) -> bool:

@@ -18,6 +18,7 @@ from linerate.shards.sources import (
     SourceRow,
     display_name,
     judge_name,
+    plain_text,
 )
 from linerate.shards.tar_reader import Member, OtherMember, is_tar, read_members
 
@@ -240,7 +241,7 @@ def _failed_downloads(tar: Path, prefix: str) -> Iterator[SourceReject]:
 
 def _short(text: object) -> str:
     """One line that any table takes, whatever JSON escapes it was made of."""
-    return " ".join(str(text).split())[:200].encode("utf-8", "backslashreplace").decode()
+    return plain_text(" ".join(str(text).split())[:200])
 
 
 def _read_small(fd: int, member: Member) -> bytes:

@@ -51,7 +51,7 @@ def draw(data: Buffer, *, side: int, quality: int) -> Drawn:
     except Exception as error:  # Pillow raises OSError, TypeError, ValueError and more on broken files
         why = one_line(error) or type(error).__name__
     try:
-        return _drawn(*_open_by_simplejpeg(data, side), side, quality)
+        return _drawn(*_open_by_simplejpeg(data), side, quality)
     except Exception:  # ValueError, and KeyError where it does not know the subsampling
         raise RejectedError("not drawn", why) from None
 
@@ -108,10 +108,11 @@ def _on_white(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _open_by_simplejpeg(data: Buffer, side: int) -> tuple[Any, str]:
+def _open_by_simplejpeg(data: Buffer) -> tuple[Any, str]:
     """What libjpeg-turbo makes of a JPEG that Pillow gave up on. Raises ValueError."""
+    # Whole: of a lossless one it would write more than a scaled array holds, see may_be_scaled.
     height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     if height * width > _MAX_PIXELS:
         raise ValueError(f"{width} x {height}")
-    pixels = simplejpeg.decode_jpeg(data, "RGB", True, True, 2 * side, 2 * side, 8, strict=False)
+    pixels = simplejpeg.decode_jpeg(data, "RGB", True, True, strict=False)
     return Image.fromarray(pixels), f"JPEG, {width} x {height}"

@@ -30,6 +30,7 @@ from linerate.shards.pack import (
 )
 from linerate.shards.pack_shard import ShardTask
 from linerate.shards.plan import HEADER_NAME, Plan, absolute_paths, load_options
+from linerate.shards.remote_url import refuse_staging
 from linerate.shards.shard_stats import StatsLog
 from linerate.shards.sources import Source
 from linerate.shards.upload import is_remote
@@ -126,6 +127,7 @@ def pack_part(
         raise UserError(
             f"--worker-index needs no engine: leave --engine {effort.engine.kind} out, or the index"
         )
+    refuse_staging(out, staging)
     if is_remote(out):
         from linerate.shards.worker_upload import pack_part_there
 
@@ -170,6 +172,7 @@ def finish_parts(out: Path | str, *, staging: Path | None = None) -> Catalog:
     staging: as of `pack`, where `out` is a URL.
     Raises UserError that names the shards that are missing, and the workers that they belong to.
     """
+    refuse_staging(out, staging)
     if is_remote(out):
         from linerate.shards.worker_upload import finish_there
 

@@ -119,6 +119,13 @@ def test_a_number_that_would_make_more_classes_than_memory_holds_is_refused(
         pack(tar, tmp_path / "out", options=NAMED, num_workers=0)
 
 
+def test_half_a_character_in_a_name_is_spelt_out(make_tar: Callable[..., Path], tmp_path: Path) -> None:
+    tar = make_tar({"breed": "\ud800dog"}, {"\ud801": 1})
+    assert pack(tar, tmp_path / "out", options=NAMED, num_workers=0).class_names == ("\\ud800dog",)
+    with pytest.raises(UserError, match=r"their fields are breed, \\ud801"):
+        pack(tar, tmp_path / "none", options=PackOptions(label_column="age"), num_workers=0)
+
+
 def test_too_many_names_are_refused_while_they_are_listed(
     make_tar: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

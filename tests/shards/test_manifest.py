@@ -110,6 +110,12 @@ def test_rows_that_name_no_sample_are_rejects_with_a_reason(tmp_path: Path) -> N
     ]
 
 
+def test_a_size_beyond_what_a_size_can_be_is_a_reject(tmp_path: Path) -> None:
+    sizes = pa.array([5, 2**64 - 1], pa.uint64())
+    plan = plan_of(write(tmp_path / "m.parquet", path=["a.jpg", "b.jpg"], size=sizes))
+    assert rejects_of(plan) == [("b.jpg", "too many bytes", f"{2**64 - 1} exceeds 1073741824")]
+
+
 def test_lines_that_do_not_parse_are_rejects(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path,label\na.jpg,cat\nb.jpg\nc.jpg,dog,3\nd.jpg,dog\n")
     plan = plan_of(tmp_path / "m.csv")
@@ -131,6 +137,13 @@ def test_a_key_that_occurs_twice_is_taken_once(tmp_path: Path) -> None:
     assert rejects_of(plan) == [("b", "duplicate key", "another row of the source has its name")] * 2
     counted = plan_of(path, dedup="key")
     assert (counted.filtered, rejects_of(counted), rows_of(counted)) == ({"dedup": 2}, [], found)
+
+
+def test_columns_of_a_manifest_are_refused_where_there_is_none(photo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--path-column url names a column of a manifest, the source is none"
+    ):
+        pack(photo_folder, tmp_path / "out", options=PackOptions(path_column="url"))
 
 
 def test_a_key_column_names_the_samples(tmp_path: Path) -> None:

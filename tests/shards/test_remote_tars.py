@@ -1,5 +1,6 @@
 """Tars at URLs: read once, front to back, and the shards of the same tars on disk."""
 
+import errno
 import io
 import json
 import shutil
@@ -129,6 +130,62 @@ def test_filters_and_equal_images_are_those_of_local_tars(
     assert there == pack_url(str(tmp_path / "00000.tar"), tmp_path / "b", options)
 
 
+def test_classes_of_a_field_are_those_of_local_tars(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "00000.tar").write_bytes(tars["00000.tar"])
+    options = PackOptions(label_column="user", dedup="bytes", limit=9, sample=0.9)
+    url = server.url("ranged/00000.tar")
+    there = pack_url(url, tmp_path / "a", options)
+    assert there == pack_url(str(tmp_path / "00000.tar"), tmp_path / "b", options)
+    server.ranges.clear()
+    assert pack_url(url, tmp_path / "a", options) == there
+    assert not server.ranges
+
+
+def test_a_full_disk_is_told_and_is_gone_on_from(
+    server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    url, out = server.url("ranged/folder.tar"), tmp_path / "out"
+    for name, said in {
+        "linerate.shards.spill_task.os.writev": r"out/\.pack/tars: No space left on device; the same command",
+        "linerate.shards.pack.make_plan": r"no space left for the plan of .*out; the same command",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(UserError, match=said):
+                pack_url(url, out)
+    assert pack_url(url, out) == local["folder.tar"]
+
+
+def test_tars_in_which_nothing_is_add_nothing(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.files["empty.tar"] = tar_of({})
+    server.files["outer.tar"] = tar_of({"cat.tar": tar_of({}), "dog.tar": tar_of({"a.jpg": b"x"})})
+    names = ["empty.tar", "folder.tar", "outer.tar"]
+    for name in names:
+        (tmp_path / name).write_bytes(server.files[name])
+    there = pack_url([server.url(f"ranged/{name}") for name in names], tmp_path / "a")
+    assert there == pack_url([str(tmp_path / name) for name in names], tmp_path / "b")
+    with pytest.raises(UserError, match=r"the source .*empty\.tar holds no files"):
+        pack_url(server.url("ranged/empty.tar"), tmp_path / "c")
+
+
+def test_long_urls_are_told_apart_at_their_ends(
+    server: FaultyServer, tars: dict[str, bytes], tmp_path: Path
+) -> None:
+    names = [f"{'x' * 200}-{number}.tar" for number in range(2)]
+    server.files |= {name: tars["folder.tar"] for name in names}
+    for name in names:
+        (tmp_path / name).write_bytes(tars["folder.tar"])
+    there = pack_url([server.url(f"ranged/{name}") for name in names], tmp_path / "a")
+    assert there == pack_url([str(tmp_path / name) for name in names], tmp_path / "b")
+
+
 def test_killed_after_reading_the_tars_are_not_read_again(
     server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +227,17 @@ def test_a_finished_set_is_left_alone_without_reading_its_tars(
     assert not server.ranges
     (tmp_path / "out" / "shard-000001.tar").unlink()
     assert pack_url(url, tmp_path / "out") == local["folder.tar"]
+
+
+def test_other_tars_than_those_of_a_finished_set_are_read_and_compared(
+    server: FaultyServer, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pack_url(server.url("ranged/folder.tar"), out)
+    with pytest.raises(UserError, match=r"the source is not the one that OUT .* was begun with"):
+        pack_url(server.url("ranged/00000.tar"), out)
+    assert pack_url(server.url("broken/9000/folder.tar"), out) == local["folder.tar"]  # it has moved
+    assert pack_url(server.url("ranged/folder.tar"), out) == local["folder.tar"]
 
 
 def test_what_is_no_tar_or_cannot_be_read_is_told_in_a_line(

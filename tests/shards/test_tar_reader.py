@@ -280,6 +280,9 @@ def test_any_damage_to_headers_is_a_user_error_or_rows_within_the_file(
 
 def test_is_tar_knows_tars_from_other_files(tmp_path: Path) -> None:
     assert is_tar(write_tar(tmp_path / "x.tar", [("a", b"1")], format=tarfile.PAX_FORMAT))
-    for number, other in enumerate((b"", b"short", bytes(512), b"\xff\xd8" * 400)):
+    assert is_tar(write_tar(tmp_path / "empty.tar", [], format=tarfile.GNU_FORMAT))
+    (tmp_path / "least.tar").write_bytes(bytes(1024))
+    assert is_tar(tmp_path / "least.tar")
+    for number, other in enumerate((b"", b"short", bytes(512), bytes(20_480), b"\xff\xd8" * 400)):
         (tmp_path / str(number)).write_bytes(other)
         assert not is_tar(tmp_path / str(number))

@@ -275,16 +275,33 @@ def test_the_command_tells_what_lies_there(
     store: Any, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["pack", str(photo_folder), "s3://shards/in1k", "--staging", str(tmp_path), "--workers", "0"]
+    words += ["--limit", "40", "--where", "true"]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert (told["filtered"], told["appends"]) == ({"where": 0, "limit": 0}, [])
     assert (told["root"], told["num_samples"], told["packed_now"]) == ("s3://shards/in1k", 40, 40)
     assert main(words) == 0
-    assert "nothing was left to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing was left to do" in said
+    assert "0 by --where, 0 by --limit" in said
 
 
 def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> None:
     with pytest.raises(UserError, match="--engine ray with OUT s3://shards/in1k needs --staging"):
         pack(photo_folder, "s3://shards/in1k", engine=Engine(kind="ray"))
+
+
+def test_a_staging_folder_that_nothing_would_use_is_refused(packed: Catalog, photo_folder: Path) -> None:
+    out = str(packed.root)
+    words = ["pack", str(photo_folder), out]
+    for command in (
+        words,
+        [*words, "--worker-index", "0", "--worker-count", "1"],
+        ["finish", out],
+        ["verify", out],
+    ):
+        with pytest.raises(UserError, match=r"--staging st is for an OUT at a URL, and .* is a folder"):
+            main([*command, "--staging", "st"])
 
 
 def test_a_missing_bucket_of_google_is_told_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

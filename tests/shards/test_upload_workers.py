@@ -139,9 +139,9 @@ def test_who_may_write_beside_whom(first: Role, second: Role, both: bool) -> Non
     assert second.bears(first.name) == both
 
 
-def put_claim(host: str, pid: int) -> str:
+def put_claim(host: str, pid: int, **more: str) -> str:
     name = f"{CLAIMS_NAME}/pack--other.json"
-    Bucket(OUT).put_bytes(json.dumps({"host": host, "pid": pid}).encode(), name)
+    Bucket(OUT).put_bytes(json.dumps({"host": host, "pid": pid} | more).encode(), name)
     return name
 
 
@@ -156,10 +156,32 @@ def test_a_live_writer_is_seen_a_dead_one_is_not(store: Any, monkeypatch: pytest
         pass
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    put_claim(socket.gethostname(), dead.pid)
-    with claim(bucket, PACKS_ALL):
-        assert len(bucket.details(CLAIMS_NAME)) == 1
+    for pid in (dead.pid, os.getpid()):  # another process may have got its number
+        put_claim(socket.gethostname(), pid, machine=claims.machine(), started="0")
+        with claim(bucket, PACKS_ALL):
+            assert len(bucket.details(CLAIMS_NAME)) == 1
     assert not stored(store)
+
+
+def test_a_pod_that_is_started_again_waits_for_its_own_claim_to_go_stale(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_claim(
+        socket.gethostname(), os.getpid(), machine="the pod before", started=claims.started(os.getpid())
+    )
+    with pytest.raises(ClaimedError), claim(Bucket(OUT), PACKS_ALL, wait=False):
+        pass
+    monkeypatch.setattr(claims, "STALE_S", 0.0)
+    with claim(Bucket(OUT), PACKS_ALL):
+        pass
+    assert not stored(store)
+
+
+def test_where_no_proc_tells_a_machine_is_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert claims.started(os.getpid()).isdecimal()
+    assert claims.started(2**30) == ""
+    monkeypatch.setattr(claims, "Path", lambda path: Path("/nonexistent"))
+    assert claims.machine.__wrapped__() == socket.gethostname()
 
 
 def test_a_writer_elsewhere_is_told_by_its_claim(
