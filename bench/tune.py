@@ -32,6 +32,7 @@ from linerate.shards.terminal import emit_json, stderr
 from linerate.train.cli import RecipeCommand, parse_recipe
 from linerate.train.config import Speed, TrainConfig
 from linerate.train.memory import estimate_memory
+from linerate.train.memory_bank import free_bytes
 from linerate.train.plan import require_one_batch
 from linerate.train.speed_profile import TUNABLE, SpeedProfile, made_for
 
@@ -154,8 +155,9 @@ def _fitting(
 
 def _overflow(config: TrainConfig, catalog: Catalog) -> str | None:
     """Why a step does not fit the memory of this process; None: it does."""
-    need = estimate_memory(config, rank_batch=config.optim.global_batch)["total"]
-    if need > (room := _room_bytes()):
+    batch, device = config.optim.global_batch, "cuda" if torch.cuda.is_available() else "cpu"
+    need = estimate_memory(config, rank_batch=batch, num_samples=catalog.num_samples)["total"]
+    if need > (room := free_bytes(torch.device(device))):
         return f"needs {need / 2**30:,.1f} GiB, {room / 2**30:,.1f} are free"
     if not torch.cuda.is_available():
         return None
@@ -166,13 +168,6 @@ def _overflow(config: TrainConfig, catalog: Catalog) -> str | None:
         torch.cuda.empty_cache()
         return f"needs more than the {room / 2**30:,.1f} GiB that are free"
     return None
-
-
-def _room_bytes() -> int:
-    """Bytes that this process may still take, on the GPU where there is one."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _try(

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from linerate.pipeline.cache import (
     open_shards,
     require_room,
 )
-from linerate.pipeline.host_memory import PHOTO, largest_sample
+from linerate.pipeline.host_memory import SampleSize, largest_sample
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
@@ -30,7 +31,7 @@ from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
 from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
-from linerate.train.recipes import RECIPES, decide_lr, find_recipe
+from linerate.train.recipes import RECIPES, Recipe, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
 from linerate.train.stop import exit_code
 
@@ -89,7 +90,7 @@ def main_train(argv: list[str]) -> int:
             f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
         )
     if command.dry_run:
-        return _dry_run(command, config, nominal_images=find_recipe(argv[0]).num_images)
+        return _dry_run(command, config, recipe=find_recipe(argv[0]))
     if command.shards is None or command.run is None:
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
@@ -113,8 +114,8 @@ def parse_recipe(
 ) -> tuple[RecipeCommandT, TrainConfig]:
     """A command whose first word is a recipe and whose flags are the recipe's fields, and its config.
 
-    A --profile is taken over before the flags, which go before it. Raises UserError where shards that are
-    named do not fill a batch, or another batch comes without a decision about lr.
+    A --profile stands for flags before all others, so that the later ones count more. Raises UserError where
+    shards that are named do not fill a batch, or another batch comes without a decision about lr.
     """
     if not argv or argv[0].startswith("-"):
         raise UserError(
@@ -122,9 +123,9 @@ def parse_recipe(
         )
     recipe = find_recipe(argv[0]).build()
     words = _one_length(argv[1:])
-    profile = _value_of("--profile", words)
-    start = load_profile(Path(profile)).apply(recipe) if profile is not None else recipe
-    default: Any = {"config": ConfigFlags(**_fields(start))}
+    if (profile := _value_of("--profile", words)) is not None:
+        words = [*load_profile(Path(profile)).flags(), *words]
+    default: Any = {"config": ConfigFlags(**_fields(recipe))}
     command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
     if command.shards is not None:
@@ -147,10 +148,10 @@ def _is_given(flag: str, words: list[str]) -> bool:
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
-    """The word after the last `flag`, or behind its `=`; None: it is not given."""
+    """The word after the last `flag`, or behind its `=`; None: it is not given, or has no value."""
     value = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
-        if word == flag:
+    for word, after in pairwise([*words, "--"]):
+        if word == flag and not after.startswith("--"):
             value = after
         elif word.startswith(f"{flag}="):
             value = word.partition("=")[2]
@@ -171,17 +172,17 @@ def _print_recipes() -> None:
     console.print("\n`linerate train RECIPE --help` lists the flags with the recipe's values.")
 
 
-def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
+def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> int:
     from linerate.train.memory import estimate_host_memory, estimate_memory
 
     catalog = open_shards(command.shards, command) if command.shards else None
-    if catalog is None and nominal_images is None:
+    if catalog is None and recipe.num_images is None:
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
-    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(nominal_images or 0)
+    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(recipe.num_images or 0, recipe.sample)
     world_size = _world_size(command)
     plan = plan_run(config, shards, world_size=world_size)
     memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
-    sample = largest_sample(catalog) if catalog else PHOTO
+    sample = largest_sample(catalog) if catalog else recipe.sample
     host = estimate_host_memory(config, sample, shards, world_size=world_size)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
@@ -199,7 +200,8 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int 
         emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
-    for name, value in [*plan_rows(plan), *memory_rows(memory, of="device"), *_host_rows(host, catalog)]:
+    device = [*memory_rows(memory, of="device"), ("device is", _precision_note(config))]
+    for name, value in [*plan_rows(plan), *device, *_host_rows(host, catalog, sample)]:
         table.add_row(name, value)
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
@@ -218,12 +220,25 @@ def _world_size(command: TrainCommand) -> int:
     return command.ranks
 
 
-def _host_rows(host: dict[str, int] | None, catalog: Catalog | None) -> list[tuple[str, str]]:
+def _precision_note(config: TrainConfig) -> str:
+    """What the activations were counted in: a plan is often made where there is no GPU."""
+    from linerate.train.launch import resolve_precision
+
+    told = f"a rank's, activations in {resolve_precision(config.speed)}"
+    if config.speed.precision == "auto":
+        told += ", as on this machine; --precision fp32 or bf16 (what a GPU takes) plans for another"
+    return told
+
+
+def _host_rows(
+    host: dict[str, int] | None, catalog: Catalog | None, sample: SampleSize
+) -> list[tuple[str, str]]:
     """What the loader takes of a rank's host memory, and what was assumed."""
     if host is None:
         return [("host", "not foreseen: the backend has a pipeline of its own")]
     if catalog is None:
-        assumed = "if every image were a photo of 456 x 395, as ImageNet's mean"
+        each = f"{sample.pixels:,} pixels in {show_bytes(sample.num_bytes)}"
+        assumed = f"if every image had {each}, the mean of the recipe's own data set"
     else:
         height, width, size = catalog.max_height, catalog.max_width, show_bytes(catalog.max_sample_bytes)
         assumed = f"at most: batches of nothing but {width} x {height} pixels in {size}, the catalog's maxima"

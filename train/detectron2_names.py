@@ -28,6 +28,7 @@ CONFIG_LINES = """MODEL:
     FREEZE_AT: 0
   RESNETS:
     DEPTH: {depth}
+    RES2_OUT_CHANNELS: {width}
     NORM: "SyncBN"
     STRIDE_IN_1X1: False
 INPUT:

@@ -82,7 +82,7 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
         else:
             _write(weights, temporary, trained, as_safetensors=as_safetensors)
         difference = _difference(trained, load(temporary))
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:  # NaN is no small difference
             raise RuntimeError(f"{target} gives features that differ by {difference:.2e}: a defect of ours")
         temporary.replace(out)
     finally:

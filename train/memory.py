@@ -35,7 +35,7 @@ def estimate_memory(
     encoder.require_size(config.views.size)
     parameters = sum(p.numel() for p in encoder.parameters()) * FLOAT_BYTES
     image = 3 * config.views.size**2
-    narrow = 2 if resolve_precision(config.speed) == "bf16" else 1
+    narrow = 1 if resolve_precision(config.speed) == "fp32" else 2
     at_once = config.speed.micro_batch or rank_batch
     # End-to-end keeps the activations of the keys' forward, too.
     forwards = 2 if config.dictionary.dictionary == "end-to-end" else 1

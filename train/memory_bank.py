@@ -185,5 +185,9 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")))
     with contextlib.suppress(OSError, ValueError):
-        limits.append(int((CONTROL_GROUP / "memory.max").read_text(encoding="ascii")))
+        limit = int((CONTROL_GROUP / "memory.max").read_text(encoding="ascii"))
+        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        # What is cached of files is given back when something else needs it.
+        used = sum(int(line.split()[1]) for line in lines if line.startswith(("anon ", "shmem ")))
+        limits.append(max(0, limit - used))
     return min(limits, default=2**63)

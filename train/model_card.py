@@ -72,7 +72,11 @@ def _usage(trained: TrainedEncoder, *, target: str, file_name: str) -> str:
         return f'model = timm.create_model("{model.encoder}", num_classes=0, checkpoint_path="{file_name}")'
     if target == "detectron2":
         # The mean and the deviation are those of the encoder's entry, in grey levels.
-        return CONFIG_LINES.format(file_name=file_name, depth=depth_of(model.encoder)).rstrip()
+        depth = depth_of(model.encoder)
+        # detectron2 refuses its default of 256 for blocks without a bottleneck.
+        return CONFIG_LINES.format(
+            file_name=file_name, depth=depth, width=256 if depth >= 50 else 64
+        ).rstrip()
     read = "safetensors.torch.load_file" if file_name.endswith(".safetensors") else "torch.load"
     if target == "torchvision":
         return (

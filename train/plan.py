@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linerate.pipeline.host_memory import PHOTO_BYTES
+from linerate.pipeline.host_memory import PHOTO, SampleSize
 from linerate.pipeline.order import EpochOrder
 from linerate.pipeline.order_report import RankShares, rank_shares, share_rows
 from linerate.shards.catalog import Catalog
@@ -34,11 +34,11 @@ class ShardTable:
         return cls(catalog.shard_sizes, catalog.shard_bytes)
 
     @classmethod
-    def nominal(cls, num_images: int) -> ShardTable:
-        """As `linerate shard pack` would cut so many photos."""
-        num = Sizing().num_shards(samples=num_images, total_bytes=num_images * PHOTO_BYTES)
+    def nominal(cls, num_images: int, sample: SampleSize = PHOTO) -> ShardTable:
+        """As `linerate shard pack` would cut so many images of that size."""
+        num = Sizing().num_shards(samples=num_images, total_bytes=num_images * sample.num_bytes)
         sizes = np.diff(np.arange(num + 1) * num_images // num)
-        return cls(sizes, sizes * PHOTO_BYTES)
+        return cls(sizes, sizes * sample.num_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from linerate.pipeline.host_memory import PHOTO, SampleSize
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import nearest
 from linerate.train.config import (
@@ -209,12 +210,16 @@ class Recipe:
     """Makes the config."""
     num_images: int | None
     """Images of the data set that its source used; None: no particular one."""
+    sample: SampleSize = PHOTO
+    """The mean of that data set's images."""
 
     @property
     def title(self) -> str:
         """The first line of the recipe's docstring."""
         return (self.build.__doc__ or "").strip().splitlines()[0]
 
+
+CIFAR_IMAGE = SampleSize(num_bytes=900, pixels=32 * 32)
 
 RECIPES: dict[str, Recipe] = {
     "in1m-v1": Recipe(build=in1m_v1, num_images=1_281_167),
@@ -224,8 +229,8 @@ RECIPES: dict[str, Recipe] = {
     "in1m-v1-memory-bank": Recipe(build=in1m_v1_memory_bank, num_images=1_281_167),
     "in1m-v1-memory-bank-nce": Recipe(build=in1m_v1_memory_bank_nce, num_images=1_281_167),
     "ig1b-v1": Recipe(build=ig1b_v1, num_images=940_000_000),
-    "cifar10": Recipe(build=cifar10, num_images=50_000),
-    "cifar10-symmetric": Recipe(build=cifar10_symmetric, num_images=50_000),
+    "cifar10": Recipe(build=cifar10, num_images=50_000, sample=CIFAR_IMAGE),
+    "cifar10-symmetric": Recipe(build=cifar10_symmetric, num_images=50_000, sample=CIFAR_IMAGE),
     "demo": Recipe(build=demo, num_images=None),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,14 @@ class SpeedProfile:
     report: dict[str, Any] = field(default_factory=dict)
     """How the switches were found; for people."""
 
-    def apply(self, config: TrainConfig) -> TrainConfig:
-        """The config with these switches. Raises UserError where one does not fit it."""
-        return dataclasses.replace(config, speed=dataclasses.replace(config.speed, **self.speed))
+    def flags(self) -> list[str]:
+        """The switches as words of `linerate train`: what they are is checked together with all others."""
+        words = []
+        for name, value in self.speed.items():
+            flag = name.replace("_", "-")
+            on_or_off = f"--{flag}" if value else f"--no-{flag}"
+            words += [on_or_off] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        return words
 
     def notes(self, config: TrainConfig) -> list[str]:
         """A line where the profile was made for something else than this run on this machine."""
@@ -86,7 +92,17 @@ def load_profile(path: Path) -> SpeedProfile:
             f"--profile {path} sets {', '.join(strange)}, which may change results; "
             f"a profile may set {', '.join(TUNABLE)}"
         )
+    hints = typing.get_type_hints(Speed)
+    for name, value in speed.items():
+        if not _is_of(value, hints[name]):
+            raise UserError(f"--profile {path} sets {name}={value!r}, which is no value for it; make it anew")
     return profile
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, float | int if hint is float else hint)
 
 
 def made_for(config: TrainConfig) -> dict[str, Any]:

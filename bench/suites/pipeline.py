@@ -117,7 +117,7 @@ class Stages:
         accelerator = self._open.enter_context(open_accelerator(config, run_dir=Path(scratch)))
         self._device = accelerator.device.type
         self.on_gpu = self._device == "cuda"
-        self._learner = Learner(config, accelerator)
+        self._learner = Learner(config, accelerator, num_samples=catalog.num_samples)
         self._loader = self._open_views(config.views.backend)
         self._views = self._endless()
         self._resident = list(itertools.islice(self._open_views("synthetic").epoch(0), 2))

@@ -27,7 +27,11 @@ from linerate.pipeline.recipe import find_recipe
 from linerate.shards.catalog import Catalog
 
 MAX_GROWTH = 0.02
-"""Of the resident memory, from the end of the first epoch to that of any later one."""
+"""Of the resident memory, from the end of the first epoch to that of any later one, each after a trim.
+
+So it counts what an epoch leaves behind, not what fragmented heaps hold while batches are in flight: the
+peaks of later epochs lie up to 6 % above that of the first, then stay (9 epochs of 8 images of 900 x 1200).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

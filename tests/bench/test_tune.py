@@ -18,7 +18,7 @@ from linerate.bench.tune import Trial, candidates, loss_difference, main, tune
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.pack import pack
-from linerate.train.config import TrainConfig
+from linerate.train.config import Dictionary, TrainConfig
 from linerate.train.recipes import find_recipe
 from linerate.train.speed_profile import load_profile
 
@@ -118,18 +118,26 @@ def test_the_largest_micro_batch_that_fits_the_memory_is_taken(
 ):
     clock(lambda c: 1.0)
 
-    def need(c: TrainConfig, *, rank_batch: int) -> dict[str, int]:
+    def need(c: TrainConfig, *, rank_batch: int, num_samples: int) -> dict[str, int]:
         return {"activations": 0, "total": 100 * (c.speed.micro_batch or rank_batch)}
 
     monkeypatch.setattr(tuning, "estimate_memory", need)
-    monkeypatch.setattr(tuning, "_room_bytes", lambda: 1000)
+    monkeypatch.setattr(tuning, "free_bytes", lambda device: 1000)
     told: list[Trial] = []
     found = tune(config(), catalog, budget_s=1.0, on_trial=told.append)
     assert found.speed.micro_batch == 8
     assert [trial.value for trial in told if trial.name == "micro_batch"] == [16]
-    monkeypatch.setattr(tuning, "_room_bytes", lambda: 10)
+    monkeypatch.setattr(tuning, "free_bytes", lambda device: 10)
     with pytest.raises(UserError, match="one BN group"):
         tune(config(), catalog, budget_s=1.0)
+
+
+@pytest.mark.parametrize("kind", ["end-to-end", "memory-bank"])
+def test_every_dictionary_is_tuned(catalog: Catalog, clock: Any, kind: Any):
+    clock(lambda c: 1.0)
+    other = dataclasses.replace(config(), dictionary=Dictionary(dictionary=kind, num_keys=32))
+    assert tune(other, catalog, budget_s=1.0).speed == other.speed
+    assert loss_difference(other, other, catalog) == 0.0
 
 
 def test_switches_of_a_gpu_are_tried_on_one_alone():

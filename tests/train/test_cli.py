@@ -132,7 +132,14 @@ def test_a_dry_run_tells_every_ranks_shards_and_its_memory_on_the_host(
     assert main(["train", "demo", "--dry-run", *flags, "--backend", "webdataset"]) == 0
     assert "host │ not foreseen" in " ".join(capsys.readouterr().out.split())
     assert main(["train", "in1m-v2", "--dry-run"]) == 0
-    assert "456 x 395" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "180,120 pixels in 110 kB" in out
+    assert "activations in fp32" in out
+    # CIFAR's images are no photos.
+    assert main(["train", "cifar10", "--dry-run", "--precision", "bf16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["host_memory_of"] == {"num_bytes": 900, "pixels": 32 * 32}
+    assert told["plan"]["shares"]["ranks"][0]["num_bytes"] == 900 * 97 * 512
 
 
 def test_damage_is_told_by_shard_and_reason_of_many_the_first() -> None:

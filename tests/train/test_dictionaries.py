@@ -275,8 +275,9 @@ def test_free_memory_is_what_the_control_group_leaves(
 ) -> None:
     assert free_bytes(torch.device("cpu")) > 2**20
     (tmp_path / "memory.max").write_text("12345\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nanon_thp 7\nfile 9000\nshmem 345\n")
     monkeypatch.setattr(memory_bank_module, "CONTROL_GROUP", tmp_path)
-    assert free_bytes(torch.device("cpu")) == 12345
+    assert free_bytes(torch.device("cpu")) == 10000
 
 
 def test_a_bank_without_positions_and_a_symmetric_one_are_refused() -> None:

@@ -115,9 +115,12 @@ def test_what_a_library_does_not_have_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_features_that_differ_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "_difference", lambda *_: 1e-3)
-    with pytest.raises(RuntimeError, match=r"differ by 1\.00e-03"):
+@pytest.mark.parametrize(("difference", "said"), [(1e-3, r"1\.00e-03"), (math.nan, "nan")])
+def test_features_that_differ_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float, said: str
+) -> None:
+    monkeypatch.setattr(export_module, "_difference", lambda *_: difference)
+    with pytest.raises(RuntimeError, match=f"differ by {said}"):
         export_encoder(_trained("resnet18"), target="timm", out=tmp_path / "r18.pth")
     assert list(tmp_path.iterdir()) == []
 
@@ -156,14 +159,18 @@ def test_detectron2s_backbone_of_depth_50_has_its_known_size() -> None:
     assert parameters == 23_508_032
 
 
-def test_detectron2s_card_is_the_config_that_the_weights_need(tmp_path: Path) -> None:
-    report = export_encoder(_trained("resnet50"), target="detectron2", out=tmp_path / "r.pkl")
+@pytest.mark.parametrize(("name", "depth", "width"), [("resnet18", 18, 64), ("resnet50", 50, 256)])
+def test_detectron2s_card_is_the_config_that_the_weights_need(
+    tmp_path: Path, name: str, depth: int, width: int
+) -> None:
+    report = export_encoder(_trained(name), target="detectron2", out=tmp_path / "r.pkl")
     card = report.card.read_text()
     for line in (
+        f"RES2_OUT_CHANNELS: {width}\n",
         'WEIGHTS: "r.pkl"',
         "STRIDE_IN_1X1: False",
         'FORMAT: "RGB"',
-        "DEPTH: 50",
+        f"DEPTH: {depth}",
         "FREEZE_AT: 0",
         "PIXEL_MEAN: [123.675, 116.280, 103.530]",
         "PIXEL_STD: [58.395, 57.120, 57.375]",

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
@@ -66,10 +67,11 @@ def test_micro_batches_and_a_bf16_queue_take_less() -> None:
     assert less["queue"] * 2 == whole["queue"]
 
 
-def test_bf16_halves_the_activations() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_halve_the_activations(precision: Literal["bf16", "fp16"]) -> None:
     wide, narrow = (
-        estimate_memory(dataclasses.replace(SMALL, speed=Speed(precision=precision)), rank_batch=16)
-        for precision in ("fp32", "bf16")
+        estimate_memory(dataclasses.replace(SMALL, speed=speed), rank_batch=16)
+        for speed in (Speed(precision="fp32"), Speed(precision=precision))
     )
     assert narrow["activations"] * 2 == wide["activations"]
     assert narrow["queue"] == wide["queue"]

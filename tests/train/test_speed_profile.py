@@ -24,12 +24,25 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["profile.json"]
 
 
-def test_a_profile_changes_speed_alone():
+def test_a_profile_changes_speed_alone(tmp_path: Path):
     demo = find_recipe("demo").build()
-    tuned = profile(prefetch=7, loader_threads=3).apply(demo)
-    assert (tuned.speed.prefetch, tuned.speed.loader_threads) == (7, 3)
+    speed = {"prefetch": 7, "loader_threads": None, "compile": True, "channels_last": False}
+    path = tmp_path / "p.json"
+    profile(**speed, hw_decoder_load=0.9).save(path)
+    _, tuned = parse_train(["demo", "--profile", str(path)])
+    assert tuned.speed == dataclasses.replace(demo.speed, **speed, hw_decoder_load=0.9)
     assert results_part(tuned) == results_part(demo)
     assert tuned.watch == demo.watch
+
+
+def test_a_micro_batch_of_other_bn_groups_than_the_recipes_comes_back(tmp_path: Path):
+    path = tmp_path / "p.json"
+    profile(micro_batch=8).save(path)
+    flags = ["--global-batch", "16", "--bn-group", "4", "--lr", "0.1"]
+    _, config = parse_train(["demo", "--profile", str(path), *flags])
+    assert config.speed.micro_batch == 8
+    _, config = parse_train(["demo", "--profile", str(path), *flags, "--micro-batch", "None"])
+    assert config.speed.micro_batch is None
 
 
 def test_a_profile_for_another_batch_or_encoder_says_so():
@@ -59,6 +72,9 @@ def test_flags_count_more_than_the_profile(tmp_path: Path, capsys: pytest.Captur
         ('{"profile_version": 1, "speed": {}}', "is no profile"),
         ('{"profile_version": 99, "speed": {}, "made_for": {}}', "version 99"),
         ('{"profile_version": 1, "speed": {"precision": "bf16"}, "made_for": {}}', "sets precision"),
+        ('{"profile_version": 1, "speed": {"prefetch": "two"}, "made_for": {}}', "prefetch='two'"),
+        ('{"profile_version": 1, "speed": {"prefetch": true}, "made_for": {}}', "prefetch=True"),
+        ('{"profile_version": 1, "speed": {"compile": "yes"}, "made_for": {}}', "compile='yes'"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str, said: str):

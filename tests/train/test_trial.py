@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ import pytest
 import xxhash
 from tests.pipeline.flaky_server import FlakyServer
 from tests.shards.servers import s3_environment
+from tests.train.trial_worker import watched_steps
 
+from linerate.__main__ import main
 from linerate.pipeline.bad_samples import KnownBad
 from linerate.pipeline.order import EpochOrder
 from linerate.shards.catalog import SHARDS_NAME, Catalog
 from linerate.train.run_folder import RunFolder
 from linerate.train.watchdog import EXIT_CODE
 
-pytest.importorskip("s3fs")
+s3fs = pytest.importorskip("s3fs")
 
 WORKER = Path(__file__).with_name("trial_worker.py")
-STEPS, LANES = 12, 4
+STEPS, LANES, DIES_AFTER = 8, 4, 4
 FLAGS = [
     *("--encoder", "tiny-resnet-w4", "--size", "16", "--dim", "8", "--num-keys", "40", "--bn-group", "4"),
     *("--global-batch", "16", "--num-lanes", str(LANES), "--lr", "0.05", "--iterations", str(STEPS)),
@@ -68,20 +72,15 @@ def trouble(name: str, nth: int) -> str | None:
     return ("stall", "drop", None)[min(nth, 2)] if name.endswith("0.tar") or name.endswith("3.tar") else None
 
 
-def launch(records: Path, fault: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    records.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(WORKER), str(records), fault, "demo", *args, *FLAGS]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
-
-
-def load_records(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """(step, rank) -> what that rank saw."""
-    return {
-        (line["step"], rank): line
-        for rank in range(2)
-        for line in map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines())
-    }
+def load_records(folder: Path, *, world_size: int) -> dict[int, tuple[list[int], list[list[str]]]]:
+    """step -> positions and hashes of both views of each image of the global batch, in its order."""
+    found: dict[int, tuple[list[int], list[list[str]]]] = {}
+    for rank in range(world_size):
+        for line in map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines()):
+            positions, views = found.setdefault(line["step"], ([], []))
+            positions += line["positions"]
+            views += line["views"]
+    return found
 
 
 def expected(catalog: Catalog, known: KnownBad) -> tuple[dict[int, list[int]], int]:
@@ -97,47 +96,6 @@ def expected(catalog: Catalog, known: KnownBad) -> tuple[dict[int, list[int]], i
     return steps, num_replaced
 
 
-def test_a_poisoned_stalled_and_killed_run_sees_the_right_samples(shards: Catalog, tmp_path: Path) -> None:
-    bucket, run = tmp_path / "bucket", tmp_path / "run"
-    shutil.copytree(shards.root, bucket)
-    known, catalog = poison(bucket)
-    with FlakyServer(bucket) as server:
-        server.trouble = trouble
-        env = ENVIRONMENT | s3_environment(server.url)
-        where = ["--shards", "s3://photos/in", "--cache-dir", str(tmp_path / "cache"), "--timeout-s", "1"]
-        args = [*where, "--run-dir", str(run), "--bad-share", "0.9", "--json", "--stall-seconds", "30"]
-        killed = launch(tmp_path / "killed", "kill:1:7", *args, env=env)
-        done = launch(tmp_path / "resumed", "none", *args, "--resume", env=env)
-    # Rank 1 is dead; rank 0 has ended by itself, with its place and its stacks.
-    assert killed.returncode != 0
-    assert "has lost another rank" in killed.stderr, killed.stderr
-    stacks = (run / "stall-rank00000.txt").read_text()
-    assert "rank 0 after step" in stacks
-    assert "pretrain.py" in stacks
-    assert not (run / "stall-rank00001.txt").exists()
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert (summary["step"], summary["finished"], summary["world_size"]) == (STEPS, True, 2)
-    (resumed,) = RunFolder(run).load_log("note")[-1:]
-    assert resumed["text"] == "continuing after step 6"
-    positions, num_replaced = expected(catalog, known)
-    before, after = load_records(tmp_path / "killed"), load_records(tmp_path / "resumed")
-    seen = before | after
-    assert {s: seen[s, 0]["positions"] + seen[s, 1]["positions"] for s in range(STEPS)} == positions
-    # The steps after the checkpoint were done twice, with bit-equal views.
-    twice = before.keys() & after.keys()
-    assert len(twice) >= 3
-    assert all(before[one] == after[one] for one in twice)
-    assert summary["replaced"] == num_replaced > 8
-    assert server.counts["shard-000000.tar"] >= 3
-    told = {(one["shard"], one["num_samples"]) for one in summary["damage"]}
-    assert told == {(catalog.files[1], 3), (catalog.files[4], None)}
-    assert [Path(path).name for path in summary["bad_sample_logs"]] == [
-        "bad_samples-rank00000.jsonl",
-        "bad_samples-rank00001.jsonl",
-    ]
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -145,38 +103,96 @@ def free_port() -> int:
         return port
 
 
-def test_when_a_rank_hangs_every_rank_tells_its_place_and_ends_with_75(
-    shards: Catalog, tmp_path: Path
-) -> None:
-    """Rank 1 stands still, as in a driver that never returns: rank 0 waits for it in a collective."""
-    records, run = tmp_path / "records", tmp_path / "run"
-    records.mkdir()
-    args = ["--shards", str(shards.root), "--run-dir", str(run), "--backend", "synthetic", *FLAGS]
-    command = [sys.executable, str(WORKER), str(records), "stop:1:2", "demo", *args, "--stall-seconds", "2"]
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=ENVIRONMENT | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+@dataclass(frozen=True)
+class Trial:
+    """Two runs on two ranks: one whose rank 1 was killed, one whose rank 1 stood still."""
+
+    args: list[str]
+    """The killed one's; with --resume they continue it."""
+    records: Path
+    run: Path
+    server: FlakyServer
+    known: KnownBad
+    catalog: Catalog
+    killed: dict[str, Any]
+    hung: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trial(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    """One start for both: importing torch and DALI is most of what it costs."""
+    root = tmp_path_factory.mktemp("trial")
+    bucket = root / "bucket"
+    shutil.copytree(shards.root, bucket)
+    known, catalog = poison(bucket)
+    with FlakyServer(bucket) as server, pytest.MonkeyPatch.context() as patch:
+        server.trouble = trouble
+        for name, value in s3_environment(server.url).items():
+            patch.setenv(name, value)
+        where = ["--shards", "s3://photos/in", "--cache-dir", str(root / "cache"), "--timeout-s", "1"]
+        args = ["demo", *where, "--run-dir", str(root / "killed"), *FLAGS, "--bad-share", "0.9", "--json"]
+        # Rank 0 waits for rank 1 in a collective, as it would for one whose driver never returns.
+        hangs = ["demo", "--shards", str(shards.root), "--run-dir", str(root / "hung"), *FLAGS]
+        hangs += ["--backend", "synthetic", "--stall-seconds", "3"]
+        command = [sys.executable, str(WORKER), str(free_port())]
+        command += [str(root / "killed-records"), f"kill:1:{DIES_AFTER}", *args]
+        command += ["--", str(root / "hung-records"), "stop:1:2", *hangs]
+        done = subprocess.run(
+            command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False
         )
-        for rank in range(2)
+        assert done.returncode == 0, done.stderr
+        killed, hung = map(json.loads, done.stdout.splitlines())
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield Trial(args, root / "killed-records", root / "killed", server, known, catalog, killed, hung)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_rank_whose_peer_is_killed_ends_by_itself_with_its_place_and_its_stacks(trial: Trial) -> None:
+    assert trial.killed["codes"] == [EXIT_CODE, -signal.SIGKILL]
+    told = (trial.records / "stderr-0.txt").read_text()
+    assert f"rank 0 after step {DIES_AFTER + 1}" in told
+    assert "has lost another rank" in told
+    stacks = (trial.run / "stall-rank00000.txt").read_text()
+    assert f"rank 0 after step {DIES_AFTER + 1}" in stacks
+    assert "pretrain.py" in stacks
+    assert not (trial.run / "stall-rank00001.txt").exists()
+
+
+def test_a_poisoned_stalled_and_killed_run_sees_the_right_samples(
+    trial: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on, on one rank, from the checkpoint after step 3: the same samples, bit for bit."""
+    with watched_steps(tmp_path):
+        assert main(["train", *trial.args, "--resume"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["step"], summary["finished"], summary["world_size"]) == (STEPS, True, 1)
+    (resumed,) = RunFolder(trial.run).load_log("note")[-1:]
+    assert resumed["text"] == "continuing after step 3"
+    before, after = load_records(trial.records, world_size=2), load_records(tmp_path, world_size=1)
+    assert sorted(before) == list(range(DIES_AFTER + 1))
+    assert sorted(after) == list(range(3, STEPS))
+    positions, num_replaced = expected(trial.catalog, trial.known)
+    assert {step: seen for step, (seen, _) in (before | after).items()} == positions
+    # The steps after the checkpoint were done twice, with bit-equal views.
+    assert all(before[step] == after[step] for step in before.keys() & after.keys())
+    assert summary["replaced"] == num_replaced > 8
+    assert trial.server.counts["shard-000000.tar"] >= 3
+    told = {(one["shard"], one["num_samples"]) for one in summary["damage"]}
+    assert told == {(trial.catalog.files[1], 3), (trial.catalog.files[4], None)}
+    assert [Path(path).name for path in summary["bad_sample_logs"]] == [
+        "bad_samples-rank00000.jsonl",
+        "bad_samples-rank00001.jsonl",
     ]
-    try:
-        _, first = ranks[0].communicate(timeout=300)
-        assert ranks[1].poll() is None
-        ranks[1].send_signal(signal.SIGCONT)
-        _, second = ranks[1].communicate(timeout=120)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [EXIT_CODE, EXIT_CODE]
-    for rank, told in enumerate((first, second)):
-        assert f"error: rank {rank} after step" in told
+
+
+def test_when_a_rank_hangs_every_rank_tells_its_place_and_ends_with_75(trial: Trial) -> None:
+    run, records = trial.run.with_name("hung"), trial.records.with_name("hung-records")
+    assert trial.hung == {"codes": [EXIT_CODE, EXIT_CODE], "first": 0}
+    for rank in range(2):
+        # Rank 1 stood still after its third step; rank 0 waits for it before the fourth, or in it.
+        assert f"error: rank {rank} after step " in (records / f"stderr-{rank}.txt").read_text()
         stacks = (run / f"stall-rank{rank:05d}.txt").read_text()
-        assert f"rank {rank} after step" in stacks
+        assert f"rank {rank} after step " in stacks
         assert "trial_worker.py" in stacks
-    assert "has had no batch for" in first
+    assert "has had no batch for" in (records / "stderr-0.txt").read_text()
+    assert len((records / "rank-1.jsonl").read_text().splitlines()) == 3

@@ -34,7 +34,8 @@ _STYLE = """
   --same: light-dark(#1a7f37, #4cc26a); --other: light-dark(#c04a1a, #f0884a) }
 body { font: 14px/1.4 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem }
 h1 { font-size: 1.3rem; margin: 0 } p { color: var(--faint); margin: .3rem 0 1.4rem; max-width: 60rem }
-.scroll { overflow-x: auto } .row { display: flex; gap: 10px; margin-bottom: 14px; width: max-content }
+.scroll { overflow-x: auto; padding: 3px }
+.row { display: flex; gap: 10px; margin-bottom: 14px; width: max-content }
 figure { margin: 0; width: 140px; background: var(--card); border-radius: 8px; overflow: hidden;
   border-bottom: 4px solid transparent }
 figure div { height: 140px; display: grid; place-items: center } img { max-width: 132px; max-height: 132px }
