@@ -215,8 +215,13 @@ class Speed:
     """Whether activations lie NHWC in memory."""
     fused_update: Literal["auto", "on", "off"] = "auto"
     """Whether SGD and the key encoder's EMA run as one Triton kernel; auto: on a GPU."""
-    compile: bool = False
-    """Whether torch.compile works on the encoders."""
+    compile: Literal["off", "encoders", "step"] = "off"
+    """What torch.compile works on: the encoders, or of the whole step whatever is worth it. It takes a minute
+    or more at the start. --compile alone is encoders, --no-compile off."""
+    cuda_graphs: bool = False
+    """Whether a step's two passes are recorded once as a CUDA graph and replayed; on one GPU, not in fp16."""
+    side_stream: bool = False
+    """Whether the key forward runs beside the query forward, on a CUDA stream of its own."""
     micro_batch: int | None = None
     """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
     loader_threads: int | None = None
@@ -227,6 +232,9 @@ class Speed:
     """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
 
     def __post_init__(self) -> None:
+        # Checkpoints and profiles from when there was no third choice.
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", "encoders" if self.compile else "off")
         _at_least("micro_batch", self.micro_batch, 1)
         _at_least("loader_threads", self.loader_threads, 1)
         _at_least("prefetch", self.prefetch, 1)

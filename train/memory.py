@@ -13,9 +13,10 @@ from linerate.shards.errors import UserError
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.infonce import chunk_size
-from linerate.train.launch import loader_threads, resolve_precision
+from linerate.train.launch import loader_threads
 from linerate.train.memory_bank import own_rows
 from linerate.train.plan import ShardTable
+from linerate.train.switches import resolve_precision
 
 FLOAT_BYTES = 4
 
@@ -35,7 +36,7 @@ def estimate_memory(
     encoder.require_size(config.views.size)
     parameters = sum(p.numel() for p in encoder.parameters()) * FLOAT_BYTES
     image = 3 * config.views.size**2
-    narrow = 2 if resolve_precision(config.speed) == "bf16" else 1
+    narrow = 2 if resolve_precision(config.speed) in ("bf16", "fp16") else 1
     at_once = config.speed.micro_batch or rank_batch
     # End-to-end keeps the activations of the keys' forward, too.
     forwards = 2 if config.dictionary.dictionary == "end-to-end" else 1

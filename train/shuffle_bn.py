@@ -136,6 +136,30 @@ def encode_by_group(encoder: nn.Module, images: Tensor, *, bn_group: int) -> Ten
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Images that change their rank."""
+
+    send: list[int]
+    """Images for each rank."""
+    receive: list[int]
+    """Images from each rank."""
+    place: Tensor
+    """(N,) int64 on the device: what arrives, sorted by its rank, in the order of the shuffled batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where the images of one key forward go: what the host has drawn for it, on the device."""
+
+    rows: Tensor
+    """(N,) int64: this rank's images in the order in which they are encoded, or sent."""
+    place_of: Tensor
+    """(B,) int64: the row of the shuffled keys in which each image's key lies."""
+    exchange: Exchange | None = None
+    """None: every image stays on its rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeyShuffle:
     """Which key goes to which place, as a pure function of (seed, step) for the global batch."""
 
@@ -165,37 +189,49 @@ class KeyShuffle:
         images: this rank's (N, 3, S, S) uint8. Within a rank places change by an index; across ranks every
         image travels once, as uint8, and the features come back by the gather that enqueueing needs anyway.
         """
+        return self.encode_along(self.route(step, num=len(images), device=images.device), encode, images)
+
+    def route(self, step: int, *, num: int, device: torch.device) -> Route | None:
+        """Where the images go at that step, num of them on each rank; None: every image keeps its place."""
         if not self.enabled:
-            return gather_rows(encode(images), world_size=self.world_size)
-        num, device = images.shape[0], images.device
+            return None
         permutation = self.permutation(step, global_batch=num * self.world_size)
         place_of = to_device(permutation.argsort(), device)
         if self._stays_on_rank(permutation, num):
             mine = permutation[self.rank * num : (self.rank + 1) * num] - self.rank * num
-            shuffled = take_images(images, to_device(mine, device))
-        else:
-            shuffled = self._exchange(images, permutation)
-        return gather_rows(encode(shuffled), world_size=self.world_size)[place_of]
+            return Route(rows=to_device(mine, device), place_of=place_of)
+        rows, exchange = self._route_across(permutation, num, device)
+        return Route(rows=rows, place_of=place_of, exchange=exchange)
+
+    def encode_along(self, route: Route | None, encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """As `encode`, by a route that was drawn before: nothing here depends on the step."""
+        if route is None:
+            return gather_rows(encode(images), world_size=self.world_size)
+        shuffled = take_images(images, route.rows)
+        if route.exchange is not None:
+            about = route.exchange
+            memory = shuffled.permute(0, 2, 3, 1)
+            received = exchange_rows(memory, send=about.send, receive=about.receive)
+            shuffled = received.index_select(0, about.place).permute(0, 3, 1, 2)
+        return gather_rows(encode(shuffled), world_size=self.world_size)[route.place_of]
 
     def _stays_on_rank(self, permutation: Tensor, num: int) -> bool:
         # Decided by sizes alone, so that all ranks agree even where a draw happens to move nothing.
         return num % (self.block or len(permutation)) == 0
 
-    def _exchange(self, images: Tensor, permutation: Tensor) -> Tensor:
-        num, rank = images.shape[0], self.rank
+    def _route_across(self, permutation: Tensor, num: int, device: torch.device) -> tuple[Tensor, Exchange]:
+        rank = self.rank
         source = permutation.div(num, rounding_mode="floor").view(self.world_size, num)
         # What each rank's places want from here, in the order of those places.
         wanted = [
             permutation.view(self.world_size, num)[to][source[to] == rank] for to in range(self.world_size)
         ]
-        rows = to_device(torch.cat(wanted) - rank * num, images.device)
+        rows = to_device(torch.cat(wanted) - rank * num, device)
         send = [len(part) for part in wanted]
         receive = torch.bincount(source[rank], minlength=self.world_size).tolist()
-        memory = images.permute(0, 2, 3, 1).index_select(0, rows)
-        received = exchange_rows(memory, send=send, receive=receive)
         # Rows come sorted by source rank, each rank's in the order of the places that want them.
         place = source[rank].argsort(stable=True).argsort()
-        return received.index_select(0, to_device(place, images.device)).permute(0, 3, 1, 2)
+        return rows, Exchange(send=send, receive=receive, place=to_device(place, device))
 
 
 def take_images(images: Tensor, rows: Tensor) -> Tensor:
