@@ -126,6 +126,9 @@ class ShuffleBN:
     """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9)."""
     shuffle_block: int | None = None
     """Images among which keys change places; None: the global batch, on however many ranks it lies."""
+    sync_bn: bool = False
+    """Whether all ranks' images share BN statistics (SyncBN); with --no-shuffle and the global batch as
+    --bn-group. Two small collectives a layer."""
 
     def __post_init__(self) -> None:
         _at_least("bn_group", self.bn_group, 1)
@@ -341,6 +344,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         batch, group, block = self.optim.global_batch, self.bn.bn_group, self.shuffle_block
+        if self.bn.sync_bn and (group != batch or self.bn.shuffle):
+            raise UserError(
+                f"sync_bn=True has all {batch} images share BN statistics, bn_group={group} and "
+                f"shuffle={self.bn.shuffle} have them in groups: give --bn-group {batch} --no-shuffle with it, "
+                "or --no-sync-bn"
+            )
         _divides("bn_group", group, "global_batch", batch)
         if self.bn.shuffle:
             _divides("shuffle_block", block, "global_batch", batch)
@@ -442,7 +451,7 @@ class TrainConfig:
         batch = self.optim.global_batch
         return (
             batch % world_size == 0
-            and (batch // world_size) % self.bn.bn_group == 0
+            and (self.bn.sync_bn or (batch // world_size) % self.bn.bn_group == 0)
             and self.lanes % world_size == 0
         )
 

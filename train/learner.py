@@ -52,7 +52,8 @@ def build_moco(
         temperature=config.loss.temperature,
         symmetric=config.loss.symmetric,
         ema_momentum=model.ema_momentum,
-        bn_group=bn.bn_group,
+        bn_group=None if bn.sync_bn else bn.bn_group,
+        sync_bn=bn.sync_bn,
         shuffle=KeyShuffle(
             seed=config.seed, block=bn.shuffle_block, enabled=bn.shuffle, rank=rank, world_size=world_size
         ),
@@ -112,7 +113,7 @@ class Learner:
         compile_step(moco, built, what=self.switches.compile)
         if self.switches.side_stream:
             moco.key_stream = KeyStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-        self._recorded = (
+        self.recorded = (
             RecordedPasses(CudaRecorder(), moco.query_params) if self.switches.cuda_graphs else None
         )
         # As a tensor where the update is compiled: it would be compiled anew for every other number.
@@ -136,7 +137,7 @@ class Learner:
             micro_batch=self.config.speed.micro_batch,
             autocast=self._autocast,
             backward=self.accelerator.backward,
-            recorded=self._recorded,
+            recorded=self.recorded,
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1

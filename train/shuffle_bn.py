@@ -21,6 +21,7 @@ from torch.nn.functional import batch_norm
 
 from linerate.shards.errors import UserError
 from linerate.train.collectives import exchange_rows, gather_rows
+from linerate.train.sync_bn import sync_batch_norm
 
 
 class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -35,6 +36,8 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
     part: int = 0
     """Which micro-batch of `num_parts` comes next, where one batch arrives in parts of equal size."""
     num_parts: int = 1
+    sync_ranks: int = 1
+    """Ranks that share their statistics, where bn_group is None."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in (2, 3, 4):
@@ -49,7 +52,7 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.momentum or 0.0, part=self.part, parts=self.num_parts, groups=len(groups)
         )
         if len(groups) == 1:
-            return self._normalise(input, shares[0])
+            return self._normalise(input, shares[0]) if self.sync_ranks == 1 else self._sync(input, shares[0])
         return torch.cat([self._normalise(x, share) for x, share in zip(groups, shares, strict=True)])
 
     def _groups(self, input: Tensor) -> tuple[Tensor, ...]:
@@ -60,6 +63,10 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"divides {len(input)}, or another global_batch"
             )
         return (input,) if size == len(input) else torch.split(input, size)
+
+    def _sync(self, input: Tensor, share: float) -> Tensor:
+        about = {"share": share, "eps": self.eps, "world_size": self.sync_ranks}
+        return sync_batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, **about)
 
     def _normalise(self, input: Tensor, share: float) -> Tensor:
         training = self.training or self.running_mean is None
@@ -95,11 +102,17 @@ def running_shares(momentum: float, *, part: int, parts: int, groups: int) -> li
     return [each / (1.0 - each * (num - 1 - index)) for index in range(first, first + groups)]
 
 
-def set_bn_group(encoder: nn.Module, bn_group: int | None) -> None:
+def set_bn_group(encoder: nn.Module, bn_group: int | None, *, sync_ranks: int = 1) -> None:
     """Let every BatchNorm of the encoder use statistics per group of bn_group images while training.
 
-    Parameters, buffers and their names stay. Raises UserError for a kind of BatchNorm that is not known.
+    sync_ranks: with a bn_group of None, the ranks over whose images they are taken. Parameters, buffers and
+    their names stay. Raises UserError for a kind of BatchNorm that is not known, and where both are asked for.
     """
+    if bn_group is not None and sync_ranks > 1:
+        raise UserError(
+            f"bn_group={bn_group} and BN statistics over {sync_ranks} ranks are two answers to one question; "
+            "leave one out"
+        )
     for name, module in encoder.named_modules():
         if type(module) in _GROUPED:
             # A new class, not a new module: hooks, names and optimizer state keep pointing at it.
@@ -110,7 +123,7 @@ def set_bn_group(encoder: nn.Module, bn_group: int | None) -> None:
                 f"choose an encoder with {', '.join(sorted(kind.__name__ for kind in _GROUPED))}"
             )
         if isinstance(module, GroupedBatchNorm):
-            module.bn_group = bn_group
+            module.bn_group, module.sync_ranks = bn_group, sync_ranks
 
 
 def bn_modules(encoder: nn.Module) -> Iterator[GroupedBatchNorm]:

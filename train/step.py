@@ -83,9 +83,12 @@ class MoCo:
         symmetric: bool = False,
         ema_momentum: float = 0.999,
         bn_group: int | None = None,
+        sync_bn: bool = False,
         shuffle: KeyShuffle | None = None,
     ) -> None:
-        """bn_group: images that share BN statistics; None: a rank's batch. shuffle: None is on, seed 0.
+        """bn_group: images that share BN statistics; None: a rank's batch, sync_bn: that of all ranks.
+
+        shuffle: None is on, seed 0.
 
         symmetric: both views are queries and keys of each other, and the loss is the mean of the two. Raises
         UserError where the dictionary encodes no keys.
@@ -96,7 +99,8 @@ class MoCo:
                 "give --no-symmetric, or another --dictionary"
             )
         self.query_encoder = query_encoder
-        set_bn_group(query_encoder, bn_group)
+        self.shuffle = shuffle if shuffle is not None else KeyShuffle()
+        set_bn_group(query_encoder, bn_group, sync_ranks=self.shuffle.world_size if sync_bn else 1)
         self.key_encoder = query_encoder
         if dictionary.has_key_encoder:
             self.key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
@@ -104,7 +108,6 @@ class MoCo:
         self.key_encoder.train()
         self.dictionary, self.bn_group = dictionary, bn_group
         self.temperature, self.ema_momentum, self.symmetric = temperature, ema_momentum, symmetric
-        self.shuffle = shuffle if shuffle is not None else KeyShuffle()
         # Set by the fused optimizer, which moves the key encoder in its own pass.
         self.ema_in_optimizer = False
         # What the step calls: the loop puts the DDP-wrapped or compiled encoder here.
