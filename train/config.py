@@ -347,8 +347,8 @@ class TrainConfig:
         if self.bn.sync_bn and (group != batch or self.bn.shuffle):
             raise UserError(
                 f"sync_bn=True has all {batch} images share BN statistics, bn_group={group} and "
-                f"shuffle={self.bn.shuffle} have them in groups: give --bn-group {batch} --no-shuffle with it, "
-                "or --no-sync-bn"
+                f"shuffle={self.bn.shuffle} have them in groups: give --bn-group {batch} --no-shuffle with "
+                "it, or --no-sync-bn"
             )
         _divides("bn_group", group, "global_batch", batch)
         if self.bn.shuffle:

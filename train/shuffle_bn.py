@@ -106,7 +106,7 @@ def set_bn_group(encoder: nn.Module, bn_group: int | None, *, sync_ranks: int = 
     """Let every BatchNorm of the encoder use statistics per group of bn_group images while training.
 
     sync_ranks: with a bn_group of None, the ranks over whose images they are taken. Parameters, buffers and
-    their names stay. Raises UserError for a kind of BatchNorm that is not known, and where both are asked for.
+    their names stay. Raises UserError for a kind of BatchNorm that is not known, and where both are given.
     """
     if bn_group is not None and sync_ranks > 1:
         raise UserError(

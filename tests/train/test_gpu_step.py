@@ -171,7 +171,7 @@ def exact_convolutions() -> contextlib.AbstractContextManager[None]:
 def test_a_switch_follows_the_eager_curve_and_waits_for_nothing(
     speed: dict[str, Any], bound: float, tmp_path: Path
 ) -> None:
-    """Twins: test_compiled.py, where the compiler only traces, and test_graphs.py, whose recorder calls again.
+    """Twins: test_compiled.py, where the compiler only traces; test_graphs.py, whose recorder calls again.
 
     The rate and m change at each step, as a schedule has it. The step at which the passes are recorded waits.
     """
