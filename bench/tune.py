@@ -81,7 +81,9 @@ def candidates(
     speed = config.speed
     yield "channels_last", "step", (not speed.channels_last,)
     if on_gpu:
-        yield "compile", "step", (not speed.compile,)
+        yield "compile", "step", tuple(x for x in ("encoders", "step") if x != speed.compile)
+        yield "side_stream", "step", (not speed.side_stream,)
+        yield "cuda_graphs", "step", (not speed.cuda_graphs,)
         if config.views.backend == "dali":
             loads = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
             yield "hw_decoder_load", "run", tuple(x for x in loads if x != speed.hw_decoder_load)

@@ -122,7 +122,7 @@ def parse_recipe(
             f"the recipe comes first, as in `{prog} {next(iter(RECIPES))} {' '.join(argv[:1])} ...`"
         )
     recipe = find_recipe(argv[0]).build()
-    words = _one_length(argv[1:])
+    words = _one_length(_with_values(argv[1:]))
     if (profile := _value_of("--profile", words)) is not None:
         words = [*load_profile(Path(profile)).flags(), *words]
     default: Any = {"config": ConfigFlags(**_fields(recipe))}
@@ -133,6 +133,17 @@ def parse_recipe(
         require_one_batch(config.optim.global_batch, num_images=num_images)
     lr_given = _is_given("--lr", words)
     return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
+
+
+def _with_values(words: list[str]) -> list[str]:
+    """The words, with the value that `--compile` once had no need of."""
+    found = []
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == "--compile" and (after is None or after.startswith("-")):
+            found += [word, "encoders"]
+        else:
+            found += ["--compile", "off"] if word == "--no-compile" else [word]
+    return found
 
 
 def _one_length(words: list[str]) -> list[str]:
@@ -174,6 +185,7 @@ def _print_recipes() -> None:
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> int:
     from linerate.train.memory import estimate_host_memory, estimate_memory
+    from linerate.train.switches import resolve_switches
 
     catalog = open_shards(command.shards, command) if command.shards else None
     if catalog is None and recipe.num_images is None:
@@ -184,6 +196,7 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> i
     memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
     sample = largest_sample(catalog) if catalog else recipe.sample
     host = estimate_host_memory(config, sample, shards, world_size=world_size)
+    switches = resolve_switches(config, world_size=world_size).words()
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
@@ -195,6 +208,7 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> i
             "host_memory_of": dataclasses.asdict(sample),
             "chance_loss": config.chance_loss,
             "idle_fields": config.idle_fields(),
+            "switches": switches,
             "config": to_plain(config),
         }
         emit_json({**result, "cache": cache} if cache else result)
@@ -206,6 +220,8 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> i
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
         table.add_row("shard cache", f"{need} at a time on this machine, --cache-bytes {budget}")
+    for name, state in switches.items():
+        table.add_row(name, state)
     for line in config.idle_fields():
         table.add_row("does nothing here", line)
     Console().print(table)

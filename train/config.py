@@ -126,6 +126,9 @@ class ShuffleBN:
     """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9)."""
     shuffle_block: int | None = None
     """Images among which keys change places; None: the global batch, on however many ranks it lies."""
+    sync_bn: bool = False
+    """Whether all ranks' images share BN statistics (SyncBN); with --no-shuffle and the global batch as
+    --bn-group. Two small collectives a layer."""
 
     def __post_init__(self) -> None:
         _at_least("bn_group", self.bn_group, 1)
@@ -215,8 +218,13 @@ class Speed:
     """Whether activations lie NHWC in memory."""
     fused_update: Literal["auto", "on", "off"] = "auto"
     """Whether SGD and the key encoder's EMA run as one Triton kernel; auto: on a GPU."""
-    compile: bool = False
-    """Whether torch.compile works on the encoders."""
+    compile: Literal["off", "encoders", "step"] = "off"
+    """What torch.compile works on: the encoders, or of the whole step whatever is worth it. It takes a minute
+    or more at the start. --compile alone is encoders, --no-compile off."""
+    cuda_graphs: bool = False
+    """Whether a step's two passes are recorded once as a CUDA graph and replayed; on one GPU, not in fp16."""
+    side_stream: bool = False
+    """Whether the key forward runs beside the query forward, on a CUDA stream of its own."""
     micro_batch: int | None = None
     """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
     loader_threads: int | None = None
@@ -227,6 +235,9 @@ class Speed:
     """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
 
     def __post_init__(self) -> None:
+        # Checkpoints and profiles from when there was no third choice.
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", "encoders" if self.compile else "off")
         _at_least("micro_batch", self.micro_batch, 1)
         _at_least("loader_threads", self.loader_threads, 1)
         _at_least("prefetch", self.prefetch, 1)
@@ -333,6 +344,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         batch, group, block = self.optim.global_batch, self.bn.bn_group, self.shuffle_block
+        if self.bn.sync_bn and (group != batch or self.bn.shuffle):
+            raise UserError(
+                f"sync_bn=True has all {batch} images share BN statistics, bn_group={group} and "
+                f"shuffle={self.bn.shuffle} have them in groups: give --bn-group {batch} --no-shuffle with "
+                "it, or --no-sync-bn"
+            )
         _divides("bn_group", group, "global_batch", batch)
         if self.bn.shuffle:
             _divides("shuffle_block", block, "global_batch", batch)
@@ -434,7 +451,7 @@ class TrainConfig:
         batch = self.optim.global_batch
         return (
             batch % world_size == 0
-            and (batch // world_size) % self.bn.bn_group == 0
+            and (self.bn.sync_bn or (batch // world_size) % self.bn.bn_group == 0)
             and self.lanes % world_size == 0
         )
 

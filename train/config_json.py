@@ -88,7 +88,8 @@ def _build(kind: type[Any], plain: Any, *, where: str) -> Any:
         elif typing.get_origin(hint) is tuple:
             values[name] = tuple(value)
         else:
-            _check_literal(name, value, hint)
+            if not (name == "compile" and isinstance(value, bool)):  # Speed's own old form
+                _check_literal(name, value, hint)
             values[name] = value
     return kind(**values)
 

@@ -29,6 +29,8 @@ def show_run(title: str, *, console: Console = stderr) -> Iterator[Callable[[Eve
 
         def on_event(event: Event) -> None:
             panel.take(event)
+            for line in switch_lines(event):
+                live.console.print(Text(line, style="dim"), overflow="fold")
             if event["event"] in ("note", "checkpoint", "alarm"):
                 style = "red" if event["event"] == "alarm" else ""
                 live.console.print(Text(plain_line(event), style=style), overflow="fold")
@@ -62,6 +64,11 @@ def plain_line(event: Event) -> str:
     if kind == "end":
         return f"{'finished' if event['finished'] else 'stopped'} after step {event['step']:,}"
     return str(event["text"])
+
+
+def switch_lines(event: Event) -> list[str]:
+    """What the start of a run tells of its speed switches, each in at most 80 columns."""
+    return [f"{name} {state}" for name, state in event.get("switches", {}).items()]
 
 
 def percent(share: float, *, digits: int = 1) -> str:
@@ -143,4 +150,5 @@ def _replaced(step: Event) -> str:
 
 def _print_line(event: Event, console: Console) -> None:
     # soft_wrap: a log line is one line, however narrow the console thinks it is.
-    console.print(plain_line(event), soft_wrap=True, highlight=False, markup=False)
+    for line in (plain_line(event), *switch_lines(event)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

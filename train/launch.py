@@ -22,6 +22,7 @@ from linerate.pipeline.cores import default_num_threads, usable_cores
 from linerate.shards.errors import UserError
 from linerate.train.config import Speed, TrainConfig
 from linerate.train.config_json import to_plain
+from linerate.train.switches import resolve_precision
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -50,13 +51,6 @@ def open_accelerator(config: TrainConfig, *, run_dir: Path) -> Iterator[Accelera
         yield accelerator
     finally:
         accelerator.free_memory()
-
-
-def resolve_precision(speed: Speed) -> str:
-    """fp32 or bf16; auto is bf16 where there is a GPU."""
-    if speed.precision != "auto":
-        return speed.precision
-    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def _precision_of_accelerate(speed: Speed) -> str:

@@ -13,17 +13,21 @@ from torch import Tensor
 from linerate.pipeline.two_views import TwoViews
 from linerate.train.alarms import Vitals
 from linerate.train.checkpoint import Checkpoint, TrainedOn
+from linerate.train.compiled import compile_step, set_lr
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
+from linerate.train.graphs import CudaRecorder, RecordedPasses
 from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
+from linerate.train.key_stream import KeyStream
 from linerate.train.launch import open_autocast, quiet_ddp
 from linerate.train.memory_bank import MemoryBank
 from linerate.train.negatives import KeyDictionary
 from linerate.train.optimizers import build_optimizer
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
+from linerate.train.switches import resolve_switches
 
 
 def build_moco(
@@ -48,7 +52,8 @@ def build_moco(
         temperature=config.loss.temperature,
         symmetric=config.loss.symmetric,
         ema_momentum=model.ema_momentum,
-        bn_group=bn.bn_group,
+        bn_group=None if bn.sync_bn else bn.bn_group,
+        sync_bn=bn.sync_bn,
         shuffle=KeyShuffle(
             seed=config.seed, block=bn.shuffle_block, enabled=bn.shuffle, rank=rank, world_size=world_size
         ),
@@ -89,6 +94,9 @@ class Learner:
     ) -> None:
         """num_samples: samples in the data set, which a memory bank must know."""
         self.config, self.accelerator = config, accelerator
+        self.switches = resolve_switches(
+            config, world_size=accelerator.num_processes, device_type=accelerator.device.type
+        )
         self._autocast = open_autocast(accelerator, config.speed)
         moco = build_moco(
             config,
@@ -102,9 +110,14 @@ class Learner:
         with quiet_ddp():
             query_forward, self.optimizer = accelerator.prepare(moco.query_encoder, built)
         moco.query_forward = query_forward
-        if config.speed.compile:
-            moco.query_forward = torch.compile(query_forward)
-            moco.key_forward = torch.compile(moco.key_encoder)
+        compile_step(moco, built, what=self.switches.compile)
+        if self.switches.side_stream:
+            moco.key_stream = KeyStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        self.recorded = (
+            RecordedPasses(CudaRecorder(), moco.query_params) if self.switches.cuda_graphs else None
+        )
+        # As a tensor where the update is compiled: it would be compiled anew for every other number.
+        self._lr = torch.zeros((), device=accelerator.device) if self.switches.compile == "step" else None
         self._vitals = Vitals(moco)
         self._sums = torch.zeros(3, device=accelerator.device)
         self._num_summed = 0
@@ -113,8 +126,7 @@ class Learner:
         """One MoCo step with this learning rate, and m where it is not the config's, on this rank's share."""
         if ema_momentum is not None:
             self.moco.ema_momentum = ema_momentum
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr if self._lr is None else self._lr.fill_(lr))
         metrics = train_step(
             self.moco,
             batch.query,
@@ -125,6 +137,7 @@ class Learner:
             micro_batch=self.config.speed.micro_batch,
             autocast=self._autocast,
             backward=self.accelerator.backward,
+            recorded=self.recorded,
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1

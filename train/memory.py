@@ -13,9 +13,10 @@ from linerate.shards.errors import UserError
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.infonce import chunk_size
-from linerate.train.launch import loader_threads, resolve_precision
+from linerate.train.launch import loader_threads
 from linerate.train.memory_bank import own_rows
 from linerate.train.plan import ShardTable
+from linerate.train.switches import resolve_precision
 
 FLOAT_BYTES = 4
 

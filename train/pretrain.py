@@ -241,6 +241,7 @@ class _Run:
             device=describe_device(self.accelerator, self.config.speed),
             loader_threads=loader_threads(self.config.speed),
             usable_cores=usable_cores(),
+            switches=self.learner.switches.words(),
         )
         for note in notes:
             self._emit("note", text=note)

@@ -21,6 +21,7 @@ from torch.nn.functional import batch_norm
 
 from linerate.shards.errors import UserError
 from linerate.train.collectives import exchange_rows, gather_rows
+from linerate.train.sync_bn import sync_batch_norm
 
 
 class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -35,6 +36,8 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
     part: int = 0
     """Which micro-batch of `num_parts` comes next, where one batch arrives in parts of equal size."""
     num_parts: int = 1
+    sync_ranks: int = 1
+    """Ranks that share their statistics, where bn_group is None."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in (2, 3, 4):
@@ -49,7 +52,7 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.momentum or 0.0, part=self.part, parts=self.num_parts, groups=len(groups)
         )
         if len(groups) == 1:
-            return self._normalise(input, shares[0])
+            return self._normalise(input, shares[0]) if self.sync_ranks == 1 else self._sync(input, shares[0])
         return torch.cat([self._normalise(x, share) for x, share in zip(groups, shares, strict=True)])
 
     def _groups(self, input: Tensor) -> tuple[Tensor, ...]:
@@ -60,6 +63,10 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"divides {len(input)}, or another global_batch"
             )
         return (input,) if size == len(input) else torch.split(input, size)
+
+    def _sync(self, input: Tensor, share: float) -> Tensor:
+        about = {"share": share, "eps": self.eps, "world_size": self.sync_ranks}
+        return sync_batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, **about)
 
     def _normalise(self, input: Tensor, share: float) -> Tensor:
         training = self.training or self.running_mean is None
@@ -95,11 +102,17 @@ def running_shares(momentum: float, *, part: int, parts: int, groups: int) -> li
     return [each / (1.0 - each * (num - 1 - index)) for index in range(first, first + groups)]
 
 
-def set_bn_group(encoder: nn.Module, bn_group: int | None) -> None:
+def set_bn_group(encoder: nn.Module, bn_group: int | None, *, sync_ranks: int = 1) -> None:
     """Let every BatchNorm of the encoder use statistics per group of bn_group images while training.
 
-    Parameters, buffers and their names stay. Raises UserError for a kind of BatchNorm that is not known.
+    sync_ranks: with a bn_group of None, the ranks over whose images they are taken. Parameters, buffers and
+    their names stay. Raises UserError for a kind of BatchNorm that is not known, and where both are given.
     """
+    if bn_group is not None and sync_ranks > 1:
+        raise UserError(
+            f"bn_group={bn_group} and BN statistics over {sync_ranks} ranks are two answers to one question; "
+            "leave one out"
+        )
     for name, module in encoder.named_modules():
         if type(module) in _GROUPED:
             # A new class, not a new module: hooks, names and optimizer state keep pointing at it.
@@ -110,7 +123,7 @@ def set_bn_group(encoder: nn.Module, bn_group: int | None) -> None:
                 f"choose an encoder with {', '.join(sorted(kind.__name__ for kind in _GROUPED))}"
             )
         if isinstance(module, GroupedBatchNorm):
-            module.bn_group = bn_group
+            module.bn_group, module.sync_ranks = bn_group, sync_ranks
 
 
 def bn_modules(encoder: nn.Module) -> Iterator[GroupedBatchNorm]:
@@ -133,6 +146,30 @@ def encode_by_group(encoder: nn.Module, images: Tensor, *, bn_group: int) -> Ten
         outputs.append(encoder(group))
     set_part(modules, 0, 1)
     return torch.cat(outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Images that change their rank."""
+
+    send: list[int]
+    """Images for each rank."""
+    receive: list[int]
+    """Images from each rank."""
+    place: Tensor
+    """(N,) int64 on the device: what arrives, sorted by its rank, in the order of the shuffled batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where the images of one key forward go: what the host has drawn for it, on the device."""
+
+    rows: Tensor
+    """(N,) int64: this rank's images in the order in which they are encoded, or sent."""
+    place_of: Tensor
+    """(B,) int64: the row of the shuffled keys in which each image's key lies."""
+    exchange: Exchange | None = None
+    """None: every image stays on its rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,37 +202,49 @@ class KeyShuffle:
         images: this rank's (N, 3, S, S) uint8. Within a rank places change by an index; across ranks every
         image travels once, as uint8, and the features come back by the gather that enqueueing needs anyway.
         """
+        return self.encode_along(self.route(step, num=len(images), device=images.device), encode, images)
+
+    def route(self, step: int, *, num: int, device: torch.device) -> Route | None:
+        """Where the images go at that step, num of them on each rank; None: every image keeps its place."""
         if not self.enabled:
-            return gather_rows(encode(images), world_size=self.world_size)
-        num, device = images.shape[0], images.device
+            return None
         permutation = self.permutation(step, global_batch=num * self.world_size)
         place_of = to_device(permutation.argsort(), device)
         if self._stays_on_rank(permutation, num):
             mine = permutation[self.rank * num : (self.rank + 1) * num] - self.rank * num
-            shuffled = take_images(images, to_device(mine, device))
-        else:
-            shuffled = self._exchange(images, permutation)
-        return gather_rows(encode(shuffled), world_size=self.world_size)[place_of]
+            return Route(rows=to_device(mine, device), place_of=place_of)
+        rows, exchange = self._route_across(permutation, num, device)
+        return Route(rows=rows, place_of=place_of, exchange=exchange)
+
+    def encode_along(self, route: Route | None, encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """As `encode`, by a route that was drawn before: nothing here depends on the step."""
+        if route is None:
+            return gather_rows(encode(images), world_size=self.world_size)
+        shuffled = take_images(images, route.rows)
+        if route.exchange is not None:
+            about = route.exchange
+            memory = shuffled.permute(0, 2, 3, 1)
+            received = exchange_rows(memory, send=about.send, receive=about.receive)
+            shuffled = received.index_select(0, about.place).permute(0, 3, 1, 2)
+        return gather_rows(encode(shuffled), world_size=self.world_size)[route.place_of]
 
     def _stays_on_rank(self, permutation: Tensor, num: int) -> bool:
         # Decided by sizes alone, so that all ranks agree even where a draw happens to move nothing.
         return num % (self.block or len(permutation)) == 0
 
-    def _exchange(self, images: Tensor, permutation: Tensor) -> Tensor:
-        num, rank = images.shape[0], self.rank
+    def _route_across(self, permutation: Tensor, num: int, device: torch.device) -> tuple[Tensor, Exchange]:
+        rank = self.rank
         source = permutation.div(num, rounding_mode="floor").view(self.world_size, num)
         # What each rank's places want from here, in the order of those places.
         wanted = [
             permutation.view(self.world_size, num)[to][source[to] == rank] for to in range(self.world_size)
         ]
-        rows = to_device(torch.cat(wanted) - rank * num, images.device)
+        rows = to_device(torch.cat(wanted) - rank * num, device)
         send = [len(part) for part in wanted]
         receive = torch.bincount(source[rank], minlength=self.world_size).tolist()
-        memory = images.permute(0, 2, 3, 1).index_select(0, rows)
-        received = exchange_rows(memory, send=send, receive=receive)
         # Rows come sorted by source rank, each rank's in the order of the places that want them.
         place = source[rank].argsort(stable=True).argsort()
-        return received.index_select(0, to_device(place, images.device)).permute(0, 3, 1, 2)
+        return rows, Exchange(send=send, receive=receive, place=to_device(place, device))
 
 
 def take_images(images: Tensor, rows: Tensor) -> Tensor:

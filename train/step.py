@@ -21,8 +21,9 @@ from linerate.shards.errors import UserError
 from linerate.train.collectives import gather_rows
 from linerate.train.ema import FlatEma, parameter_list
 from linerate.train.infonce import InfoNce
-from linerate.train.negatives import KeyDictionary, Lookup
-from linerate.train.shuffle_bn import KeyShuffle, bn_modules, set_bn_group, set_part, to_device
+from linerate.train.key_stream import KeyStream
+from linerate.train.negatives import Contrast, KeyDictionary, Lookup
+from linerate.train.shuffle_bn import KeyShuffle, Route, bn_modules, set_bn_group, set_part, to_device
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,35 @@ class StepMetrics:
     """Share of this rank's queries that rank their key above all negatives."""
     top5: Tensor
     """Share that rank it among the first five."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """All that differs from one step's gradients to the next one's: tensors on the device."""
+
+    step: int
+    """The number of the iteration: for a memory bank, which draws by it; nothing else may read it."""
+    query_images: Tensor
+    """(N, 3, S, S) uint8."""
+    key_images: Tensor
+    """(N, 3, S, S) uint8, the other view of the same images."""
+    routes: list[Route | None]
+    """The shuffle of each key forward."""
+    position: Tensor | None
+    """(B,) int64: the images' places in the data set; None: nobody asks for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What the forward and backward passes of a step leave behind."""
+
+    metrics: StepMetrics
+    lookups: list[Lookup]
+    """One per direction, with its keys."""
+    queries: Tensor
+    """(N, C) unit rows, without gradient."""
+    of_params: list[Tensor | None]
+    """The gradient of each of `MoCo.query_params`."""
 
 
 class MoCo:
@@ -53,9 +83,12 @@ class MoCo:
         symmetric: bool = False,
         ema_momentum: float = 0.999,
         bn_group: int | None = None,
+        sync_bn: bool = False,
         shuffle: KeyShuffle | None = None,
     ) -> None:
-        """bn_group: images that share BN statistics; None: a rank's batch. shuffle: None is on, seed 0.
+        """bn_group: images that share BN statistics; None: a rank's batch, sync_bn: that of all ranks.
+
+        shuffle: None is on, seed 0.
 
         symmetric: both views are queries and keys of each other, and the loss is the mean of the two. Raises
         UserError where the dictionary encodes no keys.
@@ -66,7 +99,8 @@ class MoCo:
                 "give --no-symmetric, or another --dictionary"
             )
         self.query_encoder = query_encoder
-        set_bn_group(query_encoder, bn_group)
+        self.shuffle = shuffle if shuffle is not None else KeyShuffle()
+        set_bn_group(query_encoder, bn_group, sync_ranks=self.shuffle.world_size if sync_bn else 1)
         self.key_encoder = query_encoder
         if dictionary.has_key_encoder:
             self.key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
@@ -74,12 +108,15 @@ class MoCo:
         self.key_encoder.train()
         self.dictionary, self.bn_group = dictionary, bn_group
         self.temperature, self.ema_momentum, self.symmetric = temperature, ema_momentum, symmetric
-        self.shuffle = shuffle if shuffle is not None else KeyShuffle()
         # Set by the fused optimizer, which moves the key encoder in its own pass.
         self.ema_in_optimizer = False
         # What the step calls: the loop puts the DDP-wrapped or compiled encoder here.
         self.query_forward: Callable[[Tensor], Tensor] = self.query_encoder
         self.key_forward: Callable[[Tensor], Tensor] = self.key_encoder
+        # And here its compiled form.
+        self.compare = compare
+        # Where the key forward runs; the loop may put it beside the query forward.
+        self.key_stream = KeyStream(None)
         # Collected once: walking 161 parameters and 53 BatchNorms each step costs as much as the update.
         self._query_bn, self._key_bn = (
             list(bn_modules(self.query_encoder)),
@@ -201,6 +238,7 @@ def train_step(
     micro_batch: int | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     backward: Callable[[Tensor], None] = _backward,
+    recorded: Recorded | None = None,
 ) -> StepMetrics:
     """One iteration of Algorithm 1 on this rank's images; both encoders, SGD and the dictionary move on.
 
@@ -210,42 +248,104 @@ def train_step(
     micro_batch: images that pass an encoder at once, where N are too many for the memory; the result is that
     of one batch, since all parts see the same dictionary and BN groups stay whole.
     autocast, backward: accelerate's, where there is one; the key encoder gets the same autocast.
+    recorded: what runs both passes from a recording, as graphs.py does; None: they run as they are.
     Never reads the device. Source: MoCo, Algorithm 1; shuffling BN, part 3.3.
     """
     num_parts = moco.num_parts(len(query_images), micro_batch)
-    directions = moco.directions(query_images, key_images)
-    place = _gather_position(moco, position, query_images)
+    inputs = _draw_inputs(moco, query_images, key_images, step=step, position=position)
+    compute = partial(
+        compute_gradients, moco, optimizer, num_parts=num_parts, autocast=autocast, backward=backward
+    )
+    found = compute(inputs) if recorded is None else recorded(compute, inputs)
+    # What a schedule moves, lr and m, enters here and so is in no recording.
+    optimizer.step()
+    moco.update_key_encoder()
+    # After the loss: a key enqueued before it would be its own negative.
+    moco.dictionary.close(found.lookups, found.queries)
+    return found.metrics
+
+
+Recorded = Callable[[Callable[[StepInputs], Gradients], StepInputs], Gradients]
+"""(what computes the gradients, of what) -> the gradients."""
+
+
+def _draw_inputs(
+    moco: MoCo, query_images: Tensor, key_images: Tensor, *, step: int, position: Tensor | None
+) -> StepInputs:
+    """What the host draws for a step, sent to the device."""
+    # A permutation of its own for every key forward.
+    num, turns = len(query_images), 2 if moco.symmetric else 1
+    routes = [
+        moco.shuffle.route(step * turns + turn, num=num, device=query_images.device)
+        for turn in range(turns if moco.dictionary.encodes_keys else 0)
+    ]
+    return StepInputs(
+        step=step,
+        query_images=query_images,
+        key_images=key_images,
+        routes=routes,
+        position=_gather_position(moco, position, query_images),
+    )
+
+
+def compute_gradients(
+    moco: MoCo,
+    optimizer: torch.optim.Optimizer,
+    inputs: StepInputs,
+    *,
+    num_parts: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+    backward: Callable[[Tensor], None],
+) -> Gradients:
+    """Both forwards, the loss and the backward pass; nothing moves but the running BN statistics.
+
+    Free of draws and host reads, so that it can be recorded once and run again on other inputs.
+    """
+    directions = moco.directions(inputs.query_images, inputs.key_images)
     optimizer.zero_grad(set_to_none=True)
     lookups, queries, metrics = [], [], []
     for direction, (images, other_view) in enumerate(directions):
-        # A permutation of its own for every key forward.
-        turn = step * len(directions) + direction
-        keys = _look_up_keys(moco, other_view, turn=turn, num_parts=num_parts, autocast=autocast)
-        lookup = Lookup(
-            step=step,
-            first=moco.shuffle.rank * len(images),
-            num=len(images),
-            temperature=moco.temperature,
-            keys=keys,
-            position=place,
+        route = inputs.routes[direction] if inputs.routes else None
+        keys = moco.key_stream.start(
+            partial(_look_up_keys, moco, other_view, route, num_parts=num_parts, autocast=autocast)
         )
-        contrast = moco.dictionary.open(lookup)
+        contrast = None
         for part, some in enumerate(images.chunk(num_parts)):
             is_last = direction == len(directions) - 1 and part == num_parts - 1
             with _unsynced(moco, is_last=is_last):
                 with autocast():
                     projected = moco.encode_part(moco.query_forward, some, part, num_parts)
-                query = _unit_rows(projected)
-                found = contrast(query, part * len(some))
+                if contrast is None:
+                    lookup = _lookup(moco, inputs, len(images), keys=keys())
+                    lookups.append(lookup)
+                    contrast = moco.dictionary.open(lookup)
+                query, found = moco.compare(projected, contrast, part * len(some))
                 backward(_share(found.loss, of=num_parts * len(directions)))
             queries.append(query.detach())
             metrics.append(found)
-        lookups.append(lookup)
-    optimizer.step()
-    moco.update_key_encoder()
-    # After the loss: a key enqueued before it would be its own negative.
-    moco.dictionary.close(lookups, queries[0] if len(queries) == 1 else torch.cat(queries))
-    return _mean_metrics(metrics)
+    return Gradients(
+        metrics=_mean_metrics(metrics),
+        lookups=lookups,
+        queries=queries[0] if len(queries) == 1 else torch.cat(queries),
+        of_params=[param.grad for param in moco.query_params],
+    )
+
+
+def compare(projected: Tensor, contrast: Contrast, start: int) -> tuple[Tensor, InfoNce]:
+    """(n, C) queries as unit rows, and their loss. start: the first one's place in the rank's batch."""
+    query = _unit_rows(projected)
+    return query, contrast(query, start)
+
+
+def _lookup(moco: MoCo, inputs: StepInputs, num: int, *, keys: Tensor | None) -> Lookup:
+    return Lookup(
+        step=inputs.step,
+        first=moco.shuffle.rank * num,
+        num=num,
+        temperature=moco.temperature,
+        keys=keys,
+        position=inputs.position,
+    )
 
 
 def _gather_position(moco: MoCo, position: Tensor | None, images: Tensor) -> Tensor | None:
@@ -259,8 +359,8 @@ def _gather_position(moco: MoCo, position: Tensor | None, images: Tensor) -> Ten
 def _look_up_keys(
     moco: MoCo,
     images: Tensor,
+    route: Route | None,
     *,
-    turn: int,
     num_parts: int,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Tensor | None:
@@ -268,7 +368,8 @@ def _look_up_keys(
     if not moco.dictionary.encodes_keys:
         return None
     with torch.set_grad_enabled(moco.dictionary.trains_keys), autocast():
-        return moco.shuffle.encode(partial(_encode_keys, moco, num_parts=num_parts), images, step=turn)
+        encode = partial(_encode_keys, moco, num_parts=num_parts)
+        return moco.shuffle.encode_along(route, encode, images)
 
 
 def _unsynced(moco: MoCo, *, is_last: bool) -> AbstractContextManager[object]:

@@ -62,10 +62,11 @@ def timed_step(ours: steps.OurStep, clock: StageClock) -> Callable[[Tensor, Tens
 
     class Shuffle:
         rank = shuffle.rank
+        route = staticmethod(shuffle.route)
 
-        def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        def encode_along(self, *args: Any, **kwargs: Any) -> Tensor:
             clock.mark("set up")
-            keys = shuffle.encode(*args, **kwargs)
+            keys = shuffle.encode_along(*args, **kwargs)
             clock.mark("shuffle")
             return keys
 

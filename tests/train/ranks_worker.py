@@ -22,7 +22,7 @@ from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
 from linerate.train.memory_bank import MemoryBank
 from linerate.train.negatives import KeyDictionary
-from linerate.train.shuffle_bn import KeyShuffle, encode_by_group
+from linerate.train.shuffle_bn import KeyShuffle, bn_modules, encode_by_group
 from linerate.train.step import MoCo, train_step
 
 GROUP, GROUPS_A_RANK, SIDE, KEYS, DIM = 4, 2, 8, 30, 8
@@ -101,6 +101,7 @@ def build(
     *,
     dictionary: KeyDictionary | None = None,
     symmetric: bool = False,
+    sync_bn: bool = False,
 ) -> tuple[MoCo, torch.optim.Optimizer]:
     torch.manual_seed(0)
     encoder = build_encoder("tiny-resnet-w4", dim=DIM, stem="cifar").double()
@@ -110,8 +111,9 @@ def build(
         temperature=0.2,
         symmetric=symmetric,
         ema_momentum=0.9,
-        bn_group=GROUP,
-        shuffle=KeyShuffle(seed=7, block=block, rank=rank, world_size=world_size),
+        bn_group=None if sync_bn else GROUP,
+        sync_bn=sync_bn,
+        shuffle=KeyShuffle(seed=7, block=block, enabled=not sync_bn, rank=rank, world_size=world_size),
     )
     sgd = torch.optim.SGD(encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4, foreach=True)
     return moco, sgd
@@ -149,6 +151,26 @@ def check_training(
         # Not close: the very same bytes on every rank.
         every = gather_rows(moco.dictionary.keys, world_size=world_size).chunk(world_size)
         assert all(torch.equal(every[0], keys) for keys in every)
+
+
+def check_sync_bn(rank: int, world_size: int, traffic: Traffic) -> None:
+    """BN over all ranks is one rank's BN over the whole batch, to 1e-9; running statistics too."""
+    num, built = (
+        GROUP * world_size,
+        [build(r, w, None, sync_bn=True) for r, w in ((0, 1), (rank, world_size))],
+    )
+    (alone, alone_sgd), (moco, sgd) = built
+    wrap(moco)
+    for step in range(3):
+        views = pixels(num, seed=60 + step), pixels(num, seed=70 + step)
+        traffic.reset()
+        metrics = train_step(moco, *(own(view, rank, world_size) for view in views), sgd, step=step)
+        num_layers = len(list(bn_modules(moco.query_encoder)))
+        # Both encoders' statistics and the keys; the query's backward.
+        assert traffic.calls == {"all_gather_into_tensor": 2 * num_layers + 1, "all_reduce": num_layers}
+        expected = train_step(alone, *views, alone_sgd, step=step)
+        torch.testing.assert_close(mean_loss(metrics.loss, world_size), expected.loss, **EXACT)
+        torch.testing.assert_close(moco.state_dict(), alone.state_dict(), **EXACT)
 
 
 def require_same(mine: nn.Module, other: nn.Module) -> None:
@@ -278,6 +300,7 @@ def main(world_size: int, out: Path) -> None:
     check_exchange(rank, world_size, traffic)
     check_within_rank(rank, world_size, traffic)
     check_keys_by_group(rank, world_size)
+    check_sync_bn(rank, world_size, traffic)
     check_training(rank, world_size, traffic, block=None, micro_batch=None)
     check_training(rank, world_size, traffic, block=GROUP * GROUPS_A_RANK, micro_batch=GROUP)
     check_encoding_dictionary(rank, world_size, traffic, end_to_end=True, symmetric=False)

@@ -115,11 +115,24 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=100)), "the nearest that do: 64, 128"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=32)), "a bn_group of at most 16"),
         (lambda: TrainConfig(recipe="x", num_lanes=3), "the nearest that do: 2, 4"),
+        (lambda: with_bn(sync_bn=True), "give --bn-group 256 --no-shuffle with it"),
+        (lambda: with_bn(sync_bn=True, bn_group=256), "shuffle=True have them in groups"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_way_out(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_bn_over_all_ranks_fits_on_more_than_one() -> None:
+    config = with_bn(sync_bn=True, bn_group=256, shuffle=False)
+    assert config.rank_batch(4) == 64
+    with pytest.raises(UserError, match="the nearest that do: 1"):
+        with_bn(bn_group=256, shuffle=False).rank_batch(4)
+
+
+def with_bn(**bn: Any) -> TrainConfig:
+    return TrainConfig(recipe="x", bn=ShuffleBN(**bn))
 
 
 def test_chance_is_what_each_dictionary_has() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from linerate.pipeline.two_views import TwoViews
 from linerate.train.checkpoint import TrainedOn, load_checkpoint, save_checkpoint
 from linerate.train.config import Speed, TrainConfig
 from linerate.train.encoder import build_encoder
+from linerate.train.graphs import WARM_UP_STEPS
 from linerate.train.infonce import infonce, infonce_plain
 from linerate.train.key_queue import KeyQueue
 from linerate.train.launch import open_accelerator
@@ -123,7 +125,7 @@ def test_the_learner_waits_only_where_it_reads_the_metrics(tmp_path: Path) -> No
         with syncs_are_errors():
             for step, views in enumerate(batches, start=1):
                 learner.step(views, step=step, lr=0.1)
-        means, _ = learner.read_metrics(stop=False)
+        means = learner.read_metrics()
         assert 0 < means["loss"] < 20
 
 
@@ -153,21 +155,40 @@ def exact_convolutions() -> contextlib.AbstractContextManager[None]:
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's advice
-@needs_gpu("that compiled encoders give eager's curve on a GPU, and wait for nothing")
-def test_compiled_encoders_follow_the_eager_curve_and_wait_for_nothing(tmp_path: Path) -> None:
-    """Twin: test_compiled.py, where the compiler traces the encoders and leaves the kernels as they are."""
-    found = []
-    for compiled in (False, True):
-        config = small(precision="fp32", compile=compiled)
+@needs_gpu("that compiling, recording and the side stream give eager's curve on a GPU, and wait for nothing")
+@pytest.mark.parametrize(
+    ("speed", "bound"),
+    [
+        ({"compile": "encoders"}, 5e-3),
+        ({"compile": "step", "fused_update": "off"}, 5e-3),
+        ({"cuda_graphs": True}, 1e-5),
+        ({"side_stream": True}, 1e-5),
+        ({"cuda_graphs": True, "side_stream": True, "micro_batch": 8}, 1e-4),
+        ({"cuda_graphs": True, "side_stream": True, "compile": "step"}, 5e-3),
+    ],
+    ids=str,
+)
+def test_a_switch_follows_the_eager_curve_and_waits_for_nothing(
+    speed: dict[str, Any], bound: float, tmp_path: Path
+) -> None:
+    """Twins: test_compiled.py, where the compiler only traces; test_graphs.py, whose recorder calls again.
+
+    The rate and m change at each step, as a schedule has it. The step at which the passes are recorded waits.
+    """
+    found, last = [], WARM_UP_STEPS + 2
+    for switched in ({}, speed):
+        config = small(precision="fp32", **switched)
         with open_accelerator(config, run_dir=tmp_path) as accelerator, exact_convolutions():
             learner = Learner(config, accelerator)
-            for step in range(2):
-                learner.step(batch(step), step=step, lr=0.1)
-            views = batch(2)
-            with syncs_are_errors():
-                learner.step(views, step=2, lr=0.1)
-            found.append(learner.read_metrics(stop=False)[0]["loss"])
-    assert found[1] == pytest.approx(found[0], rel=5e-3)
+            assert all(learner.switches.words()[name] != "off" for name in switched)
+            for step in range(last + 1):
+                views = batch(step)
+                with syncs_are_errors() if step == last else contextlib.nullcontext():
+                    learner.step(views, step=step, lr=0.1 / (1 + step), ema_momentum=1 - 0.1 / (1 + step))
+            if learner.recorded is not None:
+                assert learner.recorded.given_up is None
+            found.append(learner.read_metrics()["loss"])
+    assert found[1] == pytest.approx(found[0], rel=bound)
 
 
 @needs_gpu("that the queue on a GPU holds the very keys of the queue on a CPU, without a host sync")

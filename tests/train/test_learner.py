@@ -88,7 +88,7 @@ def test_the_log_tells_the_queue_s_fill_and_age(tmp_path: Path) -> None:
         found = []
         for step in range(3):
             learner.step(_batch(step), step=step, lr=0.1)
-            means, _ = learner.read_metrics(stop=False)
+            means = learner.read_metrics()
             found.append((means["queue_fill"], means["queue_age_steps"]))
         assert found == [(pytest.approx(0.4), 0), (pytest.approx(0.8), 1), (1, 2)]
 
@@ -98,7 +98,7 @@ def test_a_symmetric_step_enqueues_both_views(tmp_path: Path) -> None:
     with open_accelerator(config, run_dir=tmp_path) as accelerator:
         learner = Learner(config, accelerator)
         learner.step(_batch(0), step=0, lr=0.1)
-        means, _ = learner.read_metrics(stop=False)
+        means = learner.read_metrics()
         assert (means["queue_fill"], means["queue_age_steps"]) == (pytest.approx(0.8), 0)
 
 

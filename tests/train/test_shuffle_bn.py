@@ -162,6 +162,11 @@ def test_keys_change_their_group() -> None:
     assert not torch.allclose(moved, still)
 
 
+def test_groups_and_statistics_over_all_ranks_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="bn_group=4 and BN statistics over 2 ranks"):
+        set_bn_group(tiny(4), 4, sync_ranks=2)
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_ranks_agree_with_groups_on_one_device(world_size: int, tmp_path: Path) -> None:
     """All-to-all = all-gather = groups on one device; the worker asserts it and the world size."""
