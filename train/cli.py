@@ -122,9 +122,10 @@ def parse_recipe(
             f"the recipe comes first, as in `{prog} {next(iter(RECIPES))} {' '.join(argv[:1])} ...`"
         )
     recipe = find_recipe(argv[0]).build()
-    words = _one_length(_with_values(argv[1:]))
+    words = argv[1:]
     if (profile := _value_of("--profile", words)) is not None:
         words = [*load_profile(Path(profile)).flags(), *words]
+    words = _one_length(_with_values(words))
     default: Any = {"config": ConfigFlags(**_fields(recipe))}
     command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
