@@ -103,9 +103,10 @@ class SampleReader:
         if not self._paths[row]:
             return self._read_member(fd, row, room)
         try:
-            self._require_size(size)
+            if size > self._max_bytes:
+                _refuse_size(size, self._max_bytes)
             view = room(size)[: size + 1]
-            done = os.readv(fd, [view])
+            done = os.readv(fd, (view,))
             if done != size:
                 _require_unchanged(_read_rest(fd, view, done), size)
             return size
@@ -120,14 +121,11 @@ class SampleReader:
 
     def _read_member(self, fd: int, row: int, room: Room) -> int:
         size = self._size[row]
-        self._require_size(size)
+        if size > self._max_bytes:
+            _refuse_size(size, self._max_bytes)
         done = _read_fully_at(fd, room(size)[:size], self._offset[row])
         _require_unchanged(done, size)
         return size
-
-    def _require_size(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise RejectedError("too many bytes", f"{size} exceeds {self._max_bytes}")
 
     def _open(self, row: int) -> int | OSError | None:
         container = self._container[row]
@@ -190,6 +188,10 @@ def _remote_reader(
     number = containers.index(URL_CONTAINER)
     urls = [path.decode("utf-8", "replace") for path, c in zip(paths, container, strict=True) if c == number]
     return RemoteReader(urls, options or FetchOptions(), max_bytes=max_bytes) if urls else None
+
+
+def _refuse_size(size: int, max_bytes: int) -> None:
+    raise RejectedError("too many bytes", f"{size} exceeds {max_bytes}")
 
 
 def _require_unchanged(done: int, size: int) -> None:

@@ -44,6 +44,9 @@ def make_judge(policy: ImagePolicy) -> Judge:
     plain = not policy.rewrites and not policy.strip_exif
     max_pixels, min_side = policy.max_pixels, policy.min_side
 
+    def judge_header(data: Buffer) -> Taken:
+        return Taken(check_header(data, max_pixels=max_pixels, min_side=min_side), None)
+
     def judge(data: Buffer) -> Taken:
         if not plain:
             taken = _change(data, policy)
@@ -57,7 +60,7 @@ def make_judge(policy: ImagePolicy) -> Judge:
             last_word(data)
         return Taken(header, None)
 
-    return judge
+    return judge_header if plain and not decode and not last_word else judge
 
 
 def _change(data: Buffer, policy: ImagePolicy) -> Taken:

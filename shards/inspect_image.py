@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import simplejpeg
 
+from linerate.shards.header_layouts import SAY_NOTHING, HeaderLayouts
+
 Buffer = bytes | bytearray | memoryview
 
 # Bits of the `flags` column.
@@ -178,14 +180,18 @@ def _decode_by_pillow(data: Buffer) -> None:
 
 
 def _walk_header(data: Buffer) -> tuple[int, int, int, int]:
-    """As _walk_markers, on a copy of the first bytes where the header ends in them.
+    """As _walk_markers. One encoder's headers are laid out alike: such a one is read in a tenth of the time.
 
-    Single bytes are read from `bytes` in two thirds of the time that a memoryview takes.
+    Else on a copy of the first bytes where the header ends in them: single bytes are read from `bytes` in two
+    thirds of the time that a memoryview takes.
     """
+    if found := _layouts.read(data):
+        return found
     head = bytes(data[:_HEAD_BYTES])
     with contextlib.suppress(IndexError):
         found = _walk_markers(head)
         if found[3] <= len(head):  # else the last segments were not seen whole
+            _layouts.learn(head, found)
             return found
     return _walk_markers(data)
 
@@ -199,7 +205,7 @@ def _walk_markers(data: Buffer) -> tuple[int, int, int, int]:
         # Most segments in two thirds of the time that single bytes take.
         if pos <= last:
             first, length = _MARKER_AND_LENGTH(data, pos)
-            if first in _SAY_NOTHING and length >= 2:
+            if first in SAY_NOTHING and length >= 2:
                 pos += 2 + length
                 continue
         while data[pos] != 0xFF:  # libjpeg skips stray bytes between segments too
@@ -252,8 +258,7 @@ def _frame_flags(marker: int, precision: int, components: int) -> int:
 
 
 _HEAD_BYTES = 1024
-# Tables, restart intervals, JFIF, comments: only their lengths matter, and most segments are one of them.
-_SAY_NOTHING = frozenset({0xFFDB, 0xFFC4, 0xFFDD, 0xFFE0, 0xFFFE})
+_layouts = HeaderLayouts()
 _MARKER_AND_LENGTH = struct.Struct(">HH").unpack_from
 
 

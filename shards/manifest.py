@@ -33,7 +33,7 @@ from linerate.shards.manifest_sql import (
 from linerate.shards.options import ManifestColumns
 from linerate.shards.remote_url import stored_url
 from linerate.shards.scan import MAX_CLASSES, Listing, RejectWriter, mixed_labels
-from linerate.shards.sources import Source, open_source
+from linerate.shards.sources import MAX_SAMPLE_BYTES, Source, open_source
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -175,19 +175,6 @@ def _convert(
         rejects.add([(key, 0, "unreadable row", detail) for key, detail in rows])
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What one look at every row of a manifest tells."""
-
-    num_bad: int
-    """Rows that cannot be samples."""
-    num_elsewhere: int
-    """Rows that name a URL or an absolute path."""
-    low: int | None
-    """The least and the largest class number, where classes have numbers."""
-    high: int | None
-
-
 class _Columns:
     """What the columns of a manifest's table mean."""
 
@@ -241,10 +228,7 @@ class _Columns:
             path = from_url_sql(stated, self.urls, folders)
         key = f"{quoted(self.key)}::VARCHAR" if self.key else stated
         size = quoted(self.size) if self.size else None
-        survey = self._survey(path, key, size)
-        if survey.num_bad:
-            self._reject(path, key, size, rejects)
-        class_names, label, relation = self._classes(survey)
+        class_names, label, relation = self._classes()
         taken = {self.label, self.size, self.key or self.path}
         metadata = {
             plan_name(name, list(self.types)): (name, kind)
@@ -256,14 +240,14 @@ class _Columns:
         after: dict[str, str] = {}
         constants: dict[str, int | None] = {"offset": 0}
         if size:
-            fields["size"] = f"coalesce(greatest({size}, -1), -1)::BIGINT"
+            fields["size"] = f"least(greatest(coalesce({size}, -1), -1), {MAX_SAMPLE_BYTES + 1})::BIGINT"
         else:
             constants["size"] = -1
         if self.label:
             fields["label"] = f"coalesce({label}, -1)::INTEGER"
         else:
             constants["label"] = -1
-        if survey.num_elsewhere or len(folders) > 1:
+        if len(folders) > 1:
             fields["container"] = container_sql(path, folders)
         else:
             constants["container"] = 2
@@ -275,9 +259,14 @@ class _Columns:
             fields["path"] = path
             after["path"] = path_sql("path")
         fields |= {name: column_sql(quoted(column), kind) for name, (column, kind) in metadata.items()}
+        field_path = "path" if key != path else "key"
         return Listing(
             relation=relation,
-            good=good_sql(path, key, size) if survey.num_bad else "true",
+            good=good_sql(field_path, "key", "size" if size else None),
+            reject=lambda wanted: self._reject(relation, wanted, path, key, size, rejects),
+            elsewhere={"container": container_sql(f"shuffled.{field_path}", folders)}
+            if len(folders) == 1
+            else {},
             fields=fields,
             after=after,
             constants=constants,
@@ -290,23 +279,16 @@ class _Columns:
             where_from=self.where_from,
         )
 
-    def _survey(self, path: str, key: str, size: str | None) -> _Survey:
-        numbers = self.label is not None and self.types[self.label] in INTEGERS
-        label = quoted(self.label) if self.label is not None and numbers else "NULL"
-        found = self.db.execute(
-            f"SELECT count(*) FILTER (NOT ({good_sql(path, key, size)})), "
-            f"count(*) FILTER (contains({path}, '://') OR starts_with({path}, '/')), "
-            f"min({label}), max({label}) "
-            f"FROM {self.table}"
-        ).fetchall()
-        return _Survey(*found[0])
-
-    def _reject(self, path: str, key: str, size: str | None, rejects: RejectWriter) -> None:
+    def _reject(
+        self, relation: str, wanted: str, path: str, key: str, size: str | None, rejects: RejectWriter
+    ) -> None:
         numbered = f"{self.table[:-1]}, file_row_number=true)"
+        # A number of more bits than a column of rejects has is as wrong as the largest.
         found = self.db.execute(
             f"SELECT coalesce(nullif(left({path}, 1000), ''), 'row ' || (file_row_number + 1)), "
-            f"coalesce({size or 'NULL'}, -1), {problem_sql(path, key, size)} "
-            f"FROM {numbered} WHERE NOT ({good_sql(path, key, size)})"
+            f"least(coalesce({size or 'NULL'}, -1), {(1 << 63) - 1}), {problem_sql(path, key, size)} "
+            f"FROM {relation.replace(self.table, numbered)} "
+            f"WHERE {wanted} AND NOT ({good_sql(path, key, size)})"
         )
         while rows := found.fetchmany(10_000):
             rejects.add([(key, size, *split_problem(problem)) for key, size, problem in rows])
@@ -319,14 +301,15 @@ class _Columns:
             return list_as_tags(f"{name}::VARCHAR[]")
         return text_as_tags(f"{name}::VARCHAR")
 
-    def _classes(self, survey: _Survey) -> tuple[list[str], str, str]:
+    def _classes(self) -> tuple[list[str], str, str]:
         """Names of the classes, SQL of a row's class number, and the table with what that needs."""
         if self.label is None:
             return [], "-1", self.table
         kind, name = self.types[self.label], quoted(self.label)
         if kind in INTEGERS:
-            self._require_numbers(survey.low, survey.high)
-            count = 0 if survey.high is None else survey.high + 1
+            low, high = self.db.execute(f"SELECT min({name}), max({name}) FROM {self.table}").fetchall()[0]
+            self._require_numbers(low, high)
+            count = 0 if high is None else high + 1
             return [str(label) for label in range(count)], name, self.table
         if kind not in ("VARCHAR", "JSON"):
             raise UserError(

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from linerate.shards.engines import default_num_workers
 from linerate.shards.errors import UserError
+from linerate.shards.good_rows import GoodRows
 from linerate.shards.manifest_sql import list_as_tags, literal, quoted, text_as_tags
 from linerate.shards.options import Selection
 from linerate.shards.scan import SCAN_NAME, SCAN_SCHEMA, Listing
@@ -123,18 +124,31 @@ class PlanQuery:
             return {}
         upto = [" AND ".join(conditions[: n + 1]) for n in range(len(conditions))]
         parts = ["count(*)", *(f"count(*) FILTER ({condition})" for condition in upto)]
-        query = f"SELECT {', '.join(parts)} FROM {self.listing.relation} WHERE {self.listing.good}"
+        query = f"SELECT {', '.join(parts)} FROM {self.listing.relation}"
         with self._where_errors():
             left = self._db.execute(query).fetchall()[0]
         return {name: left[n] - left[n + 1] for n, name in enumerate(self._filters)}
 
     def batches(self) -> Iterator[Any]:
-        """Arrow batches of what the filters leave, with the columns that a shuffle must carry."""
+        """Arrow batches of what the filters leave, with the columns that a shuffle must carry.
+
+        Rows among it that cannot be samples are rejects once the batches end.
+        """
         inner = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in self.listing.fields.items())
-        conditions = " AND ".join([self.listing.good, *self._filters.values()])
+        wanted = " AND ".join(self._filters.values()) or "true"
         # No parameters: with them the whole result is made before the first row is given out.
-        found = self._db.sql(f"SELECT {inner} FROM {self.listing.relation} WHERE {conditions}")
-        yield from _batches(found)
+        found = _batches(self._db.sql(f"SELECT {inner} FROM {self.listing.relation} WHERE {wanted}"))
+        if self.listing.good is None:
+            yield from found
+            return
+        rows = GoodRows(self._db, self.listing.good)
+        yield from map(rows.of, found)
+        if rows.num_bad:
+            self.listing.reject(wanted)
+        if rows.any_elsewhere:
+            self.listing.after |= self.listing.elsewhere
+            for name in self.listing.elsewhere:
+                self.listing.constants.pop(name)
 
     def finish(self, shuffled: Iterator[Any]) -> Iterator[Any]:
         """The plan's columns and PLACE, of shuffled tables of what `batches` gave, in their order."""

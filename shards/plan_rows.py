@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from linerate.shards.scan import SCAN_SCHEMA
-from linerate.shards.shuffle import PLACE
+from linerate.shards.shuffle import PLACE, STREAM_ROWS
 from linerate.shards.sources import MAX_JSON_BYTES
 
 DUPLICATE_KEY = "duplicate key"
@@ -204,9 +204,11 @@ def _open_writer(path: Path, schema: Any) -> Any:
     return pq.ParquetWriter(
         path,
         schema,
-        compression={name: "none" if name in names else "snappy" for name in schema.names},
+        compression={n: "none" if n in (*names, "size") else "snappy" for n in schema.names},
         write_statistics=False,
         use_dictionary=[name for name in schema.names if name not in (*names, "extra_json", "size")],
+        column_encoding={"size": "DELTA_BINARY_PACKED"},
+        write_batch_size=STREAM_ROWS,
     )
 
 

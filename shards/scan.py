@@ -52,12 +52,16 @@ class Listing:
 
     relation: str
     """What stands behind FROM; its columns are those that --where may name."""
-    good: str = "true"
-    """Which of its rows can be samples."""
     fields: dict[str, str] = field(default_factory=lambda: {n: f'"{n}"' for n in SCAN_SCHEMA.names})
     """The plan's columns before the sort: name -> SQL over the relation. `key` is among them."""
+    good: str | None = None
+    """SQL over `fields` of whether a row can be a sample; None: all can."""
+    reject: Callable[[str], None] = lambda wanted: None
+    """Called with a condition where rows are not good: makes those of them that it leaves rejects."""
     after: dict[str, str] = field(default_factory=dict)
     """Columns that the shuffle need not carry: name -> SQL over `fields`."""
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Of `constants` those that are `after` instead where a row names a URL or an absolute path."""
     constants: dict[str, int | None] = field(default_factory=dict)
     """Columns of the plan that are the same for all rows: name -> value."""
     tags: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -150,6 +151,8 @@ def _walk(
 
 
 _FOLDER = ("folder", "")
+# What os.fsencode asks for at each name, in three times the time.
+_NAMES_AS = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 def _look_into(folder: bytes) -> tuple[tuple[int, int], list[tuple[bytes, int, tuple[str, str] | None]]]:
@@ -161,7 +164,7 @@ def _look_into(folder: bytes) -> tuple[tuple[int, int], list[tuple[bytes, int, t
         own = os.fstat(fd)
         with os.scandir(fd) as entries:
             for entry in entries:
-                name = os.fsencode(entry.name)
+                name = entry.name.encode(*_NAMES_AS)
                 if name.startswith(b"."):
                     found.append((name, 0, ("hidden", "its name begins with a dot")))
                     continue

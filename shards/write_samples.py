@@ -82,13 +82,15 @@ def _write_some(
     planned: list[int] = rows.column("size").to_pylist()
     extras: list[bytes | None] = rows.column("extra_json").to_pylist()
     names = sample_names(first_sample_id, len(rows))
-    headers, label_members = _headers(names, rows)
+    texts = [b"%d" % label if label >= 0 else b"" for label in rows.column("label").to_pylist()]
+    headers, label_members = _headers(names, rows, texts)
     room, data_of, commit, hash_of = writer.room, writer.data, writer.commit, xxhash.xxh3_64_intdigest
+    read_next = reader.read_next
     found: list[tuple[int, ...]] = []
     extra_at: dict[int, int] = {}
     for row, size in enumerate(planned):
         try:
-            size = reader.read_next(room)
+            size = read_next(room)
             data = data_of(size)
             taken = judge(data)
         except RejectedError as reject:
@@ -112,7 +114,7 @@ def _write_some(
     if not found:
         return
     samples = np.array(found, np.uint64).T
-    columns.index_lines += _index_lines(samples, names, label_members, extra_at, extras)
+    columns.index_lines += _index_lines(samples, names, texts, extra_at, extras)
     samples[0] += np.uint64(first_row)
     columns.samples.append(samples)
 
@@ -123,12 +125,10 @@ def sample_names(first_sample_id: int, count: int) -> npt.NDArray[np.uint8]:
     return (numbers // 10 ** np.arange(11, -1, -1) % 10 + ord("0")).astype(np.uint8)
 
 
-def _headers(names: npt.NDArray[np.uint8], rows: Any) -> tuple[memoryview, list[bytes]]:
+def _headers(names: npt.NDArray[np.uint8], rows: Any, texts: list[bytes]) -> tuple[memoryview, list[bytes]]:
     """The headers of the images as planned, one after the other, and the whole .cls members, or empty."""
     sizes = np.maximum(rows.column("size").to_numpy(), 0)
     headers = ustar_headers(_suffixed(names, b".jpg"), np.minimum(sizes, MAX_MEMBER_BYTES))
-    labels: list[int] = rows.column("label").to_pylist()
-    texts = [b"%d" % label if label >= 0 else b"" for label in labels]
     lengths = np.array([len(text) for text in texts], np.int64)
     payloads = np.array(texts, f"S{BLOCK}").view(np.uint8).reshape(len(texts), BLOCK)
     members = np.hstack([ustar_headers(_suffixed(names, b".cls"), lengths), payloads])
@@ -146,7 +146,7 @@ def _suffixed(names: npt.NDArray[np.uint8], suffix: bytes) -> npt.NDArray[np.uin
 def _index_lines(
     samples: Any,
     names: npt.NDArray[np.uint8],
-    label_members: list[bytes],
+    texts: list[bytes],
     extra_at: dict[int, int],
     extras: list[bytes | None],
 ) -> Iterator[bytes]:
@@ -154,10 +154,11 @@ def _index_lines(
     shown = names.tobytes()
     for row, offset, size in samples[:3].T.tolist():
         name = shown[row * 12 : row * 12 + 12]
-        line = b"jpg %d %d %b.jpg" % (offset, size, name)
-        if member := label_members[row]:
-            length = int(member[124:135], 8)
-            line += b" cls %d %d %b.cls" % (offset + padded(size) + BLOCK, length, name)
+        if text := texts[row]:
+            label_at = offset + padded(size) + BLOCK
+            line = b"jpg %d %d %b.jpg cls %d %d %b.cls" % (offset, size, name, label_at, len(text), name)
+        else:
+            line = b"jpg %d %d %b.jpg" % (offset, size, name)
         if (extra := extras[row]) is not None:
             line += b" json %d %d %b.json" % (extra_at[row], len(extra), name)
         yield line

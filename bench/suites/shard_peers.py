@@ -12,6 +12,7 @@ import xxhash
 
 from linerate.bench.contest import Disagreement
 from linerate.bench.images import ImageFolder
+from linerate.shards.tar_writer import BUFFER_BYTES
 
 
 def require_same_samples(
@@ -97,17 +98,24 @@ def pread_all(where: list[tuple[Path, list[int], list[int]]]) -> None:
             os.close(fd)
 
 
-def copy_bytes(images: ImageFolder, out: Path) -> None:
-    """Read every file and write its bytes on: what any packer must do."""
-    buffer = memoryview(bytearray(8 * 2**20))
+def copy_and_hash(images: ImageFolder, out: Path) -> None:
+    """Open, read, hash twice and write: a Python loop of nothing but what the packer's work consists of."""
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    whole = xxhash.xxh3_64()
     with out.open("wb", buffering=0) as target:
         fill = 0
         for path in images.files:
-            with path.open("rb", buffering=0) as source:
-                size = os.fstat(source.fileno()).st_size
-                if fill + size > len(buffer):
-                    target.write(buffer[:fill])
-                    fill = 0
-                while size > 0 and (got := source.readinto(buffer[fill : fill + size])):
-                    fill, size = fill + got, size - got
+            source = os.open(path, os.O_RDONLY)
+            size = os.fstat(source).st_size
+            if fill + size > len(buffer):
+                whole.update(buffer[:fill])
+                target.write(buffer[:fill])
+                fill = 0
+                if size > len(buffer):
+                    buffer = memoryview(bytearray(size))
+            read = os.readv(source, (buffer[fill : fill + size],))
+            os.close(source)
+            xxhash.xxh3_64_intdigest(buffer[fill : fill + read])
+            fill += read
+        whole.update(buffer[:fill])
         target.write(buffer[:fill])

@@ -110,6 +110,20 @@ def test_rows_that_name_no_sample_are_rejects_with_a_reason(tmp_path: Path) -> N
     ]
 
 
+def test_rows_that_a_filter_leaves_out_are_no_rejects(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {
+        "id": ["a", "b", "c", "d"],
+        "path": ["/a.jpg", None, "ftp://h/c", "https://h/d"],
+        "label": ["x", "y", None, "x"],
+        "use": [1, 1, 0, 1],
+    }
+    plan = plan_of(write(tmp_path / "m.parquet", **columns), where="use = 1", key_column="id")
+    rows = {key: (row["container"], row["path"], row["label"]) for key, row in rows_of(plan).items()}
+    assert rows == {"a": (1, b"a.jpg", 0), "d": (0, b"https://h/d", 0)}
+    assert rejects_of(plan) == [("row 2", "no path", "the row names no file")]
+    assert plan.filtered == {"where": 1}
+
+
 def test_a_size_beyond_what_a_size_can_be_is_a_reject(tmp_path: Path) -> None:
     sizes = pa.array([5, 2**64 - 1], pa.uint64())
     plan = plan_of(write(tmp_path / "m.parquet", path=["a.jpg", "b.jpg"], size=sizes))
