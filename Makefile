@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 UV := 0.13.9
+# What `make gpu` leaves behind, and the Python that it runs: .venv's, or where there is none the machine's.
+OUT ?= gpu-results
+GPU_PYTHON = env PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check static format bench readme ffcv lock clean
+.PHONY: help setup demo test check static format bench gpu readme ffcv lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +47,14 @@ format: $(STAMP) ## rewrite the files as ruff wants them
 bench: $(STAMP) ## the benchmarks that this machine can run, as a table and JSON lines
 	@$(BIN)/linerate bench run $(BENCH)
 
+gpu: ## on a machine with a CUDA device, offline: its tests and benchmarks, 9 minutes at most; results in OUT
+	@mkdir -p $(OUT)
+	@$(GPU_PYTHON) -c 'import torch, torchvision, timm, tyro, rich, pyarrow, xxhash, pytest' || \
+	  { echo "make gpu needs what docs/gpu.md lists; bring the wheel of what is missing"; exit 2; }
+	-@timeout 140 $(GPU_PYTHON) -m pytest -q -rsfE -m gpu -W default -p no:cacheprovider \
+	  $$(grep -rlE 'needs_gpu\(|mark\.gpu' tests --include='test_*.py') 2>&1 | tee $(OUT)/tests.txt
+	@$(GPU_PYTHON) -m linerate bench run --suite gpu --within-s 370 --out $(OUT)/results.jsonl
+
 readme: $(STAMP) ## README's table of results and its tree anew
 	@$(BIN)/python -m linerate.bench.readme
 
@@ -57,5 +68,5 @@ lock: $(STAMP) ## requirements.txt anew from pyproject.toml, for Python 3.11 to 
 	  --no-annotate --extra dev --extra s3 --extra ray --output-file requirements.txt pyproject.toml
 
 clean: ## remove what make and the tools made, .venv included
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/linerate.egg-info demo
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/linerate.egg-info demo gpu-results
 	@find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

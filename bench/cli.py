@@ -1,20 +1,27 @@
 """`linerate bench run|compare|list`: arguments and output only."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import dispatch, emit_json, parse_args, progress, stderr
+from linerate.shards.terminal import dispatch, emit_json, nearest, parse_args, progress, stderr
+
+if TYPE_CHECKING:
+    from linerate.bench.contest import Setting
+    from linerate.bench.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +30,17 @@ class RunConfig:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """benchmarks to run (`linerate bench list` names them); all of the suite where none is given"""
-    suite: Literal["cpu", "quick"] = "cpu"
-    """cpu: the work that the bars name, minutes; quick: smaller work, about a minute"""
+    suite: Literal["cpu", "quick", "gpu"] = "cpu"
+    """cpu: the work that the bars name, minutes; quick: smaller work, about a minute; gpu: what a CUDA device
+    is measured by, each benchmark in a process of its own under a time limit"""
+    tiny: bool = False
+    """the smallest work, on the CPU: proves that the paths run, and measures nothing"""
+    within_s: float | None = None
+    """of --suite gpu: seconds after which no benchmark starts, and those at work end"""
+    backends: str | None = None
+    """of `views`: backends to hold against `torch`, as dali,torch,webdataset,ffcv"""
+    recipe: Literal["v1", "v2", "v3"] | None = None
+    """of `views` with --backends: the augmentation; v2 where it is not given"""
     out: Path | None = None
     """results file (JSON lines) to append to"""
     images: Path | None = None
@@ -74,43 +90,115 @@ def main(argv: list[str]) -> int:
 def main_run(argv: list[str]) -> int:
     """Run benchmarks; records go to --out as they are measured, so an interrupted run keeps its lines."""
     config = parse_args(RunConfig, argv, prog="linerate bench run")
-    from linerate.bench.contest import Setting
-    from linerate.bench.record import append_jsonl, results_table
-    from linerate.bench.registry import SUITES, run_benchmark, select
-    from linerate.bench.timing import MIN_ROUNDS
+    from linerate.bench.record import append_jsonl, compact_json, results_table
+    from linerate.bench.registry import SUITES, select
 
     suite = SUITES[config.suite]
-    names = select([*config.names])
-    if not config.names:
-        names = [name for name in names if name not in suite.only_by_name]
-    rounds = suite.rounds if config.rounds is None else config.rounds
-    if rounds < MIN_ROUNDS:
-        raise UserError(f"--rounds {rounds} cannot carry a 95 % interval; give {MIN_ROUNDS} or more")
+    names = select([*config.names]) if config.names else suite.names
+    _check_run(config, names)
+    records = []
+    with (
+        scratch_folder(config.scratch) as scratch,
+        progress("bench", total=len(names), unit="benchmarks") as advance,
+    ):
+        for record in _run_all(config, names, scratch=scratch, advance=advance):
+            records.append(record)
+            if config.out is not None:
+                append_jsonl(config.out, record)
+            if config.json:
+                emit_json(record.to_json())
+            for trouble in filter(None, (record.missing, record.refused)):
+                stderr.print(f"{record.name}: {trouble}", highlight=False, markup=False)
+    if not config.json:
+        Console().print(results_table(records))
+        if suite.limits_s:
+            for record in records:
+                emit_json(compact_json(record))
+    return int(any(record.refused for record in records))
+
+
+def _check_run(config: RunConfig, names: list[str]) -> None:
+    """Raise UserError for what cannot be measured, before anything is."""
+    from linerate.bench.timing import MIN_ROUNDS
+
+    if config.rounds is not None and config.rounds < MIN_ROUNDS:
+        raise UserError(f"--rounds {config.rounds} cannot carry a 95 % interval; give {MIN_ROUNDS} or more")
     if config.images is not None and not config.images.is_dir():
         raise UserError(f"--images {config.images} is no folder; give one that holds JPEGs")
     if config.out is not None and config.out.is_dir():
         raise UserError(
             f"--out {config.out} is a folder; name a file, such as {config.out / 'results.jsonl'}"
         )
-    records = []
-    with (
-        scratch_folder(config.scratch) as scratch,
-        progress("bench", total=len(names), unit="benchmarks") as advance,
-    ):
-        setting = Setting(size=suite.size, scratch=scratch, images=config.images, rounds=rounds)
+    if config.within_s is not None and config.suite != "gpu":
+        raise UserError(f"--within-s {config.within_s:g} is for --suite gpu; leave it out for {config.suite}")
+    given = [f"--{name}" for name in ("backends", "recipe") if getattr(config, name) is not None]
+    if given and names != ["views"]:
+        raise UserError(
+            f"{' and '.join(given)} are of `views` alone: linerate bench run views {given[0]} ..."
+        )
+    if config.recipe is not None and config.backends is None:
+        raise UserError(f"--recipe {config.recipe} needs --backends, as --backends dali,torch")
+    if config.suite == "gpu" and not config.tiny:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--suite gpu needs a CUDA device, and torch sees none; --tiny tries its paths on a CPU"
+            )
+
+
+def _run_all(
+    config: RunConfig, names: list[str], *, scratch: Path, advance: Callable[[float], None]
+) -> Iterator[Record]:
+    """Every record of every benchmark; several of a suite with limits each run in a process of their own."""
+    from linerate.bench.isolated import run_isolated
+    from linerate.bench.registry import SUITES, run_benchmark
+
+    suite = SUITES[config.suite]
+    if not suite.limits_s or len(names) == 1:
+        setting = _setting(config, scratch)
         for name in names:
-            for record in run_benchmark(name, setting=setting, suite=config.suite):
-                records.append(record)
-                if config.out is not None:
-                    append_jsonl(config.out, record)
-                if config.json:
-                    emit_json(record.to_json())
-                for trouble in filter(None, (record.missing, record.refused)):
-                    stderr.print(f"{name}: {trouble}", highlight=False, markup=False)
+            yield from run_benchmark(name, setting=setting, suite=config.suite)
             advance(1)
-    if not config.json:
-        Console().print(results_table(records))
-    return int(any(record.refused for record in records))
+        return
+    options = [*_words(config), "--scratch", str(scratch)]
+    deadline = float("inf") if config.within_s is None else time.monotonic() + config.within_s
+    for name in names:
+        left_s = max(0.0, deadline - time.monotonic())
+        limit_s = min(suite.limits_s.get(name, max(suite.limits_s.values())), left_s)
+        yield from run_isolated(name, options, suite=config.suite, limit_s=limit_s)
+        advance(1)
+
+
+def _setting(config: RunConfig, scratch: Path) -> Setting:
+    from linerate.bench.contest import Setting
+    from linerate.bench.registry import SUITES
+    from linerate.pipeline.loader import BACKENDS
+
+    suite = SUITES[config.suite]
+    backends = tuple((config.backends or "").split(",")) if config.backends is not None else ()
+    for name in backends:
+        if name not in BACKENDS or name == "synthetic":
+            raise nearest(name, [one for one in BACKENDS if one != "synthetic"], what="backend to measure")
+    return Setting(
+        size="tiny" if config.tiny else suite.size,
+        scratch=scratch,
+        images=config.images,
+        rounds=config.rounds or suite.rounds,
+        device="cpu" if config.tiny else suite.device,
+        for_gpu=bool(suite.device == "cuda"),
+        backends=backends,
+        recipe=config.recipe,
+    )
+
+
+def _words(config: RunConfig) -> list[str]:
+    """The options that a benchmark's own process needs as well."""
+    words = ["--tiny"] if config.tiny else []
+    for name in ("images", "rounds"):
+        if (value := getattr(config, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def main_compare(argv: list[str]) -> int:

@@ -33,6 +33,14 @@ class Setting:
     images: Path | None = None
     """a folder of JPEGs to use instead of generated ones"""
     rounds: int = 9
+    device: str = "cpu"
+    """where the step and the views are measured: cpu or cuda"""
+    for_gpu: bool = False
+    """whether the contests are those of a GPU; at the tiny size they run on a CPU as well"""
+    backends: tuple[str, ...] = ()
+    """of `views`: what makes them; none: DALI on one core against Pillow"""
+    recipe: str | None = None
+    """of `views` by backends: v1, v2 or v3; None: v2"""
 
     def pick(self, *, tiny: ValueT, quick: ValueT, full: ValueT) -> ValueT:
         """The value for this size."""
@@ -154,6 +162,11 @@ def timed_record(
     times: `ours`, and where there are such `theirs` and `ceiling`, as seconds per call round by round.
     """
     return _time_record(_blank_record(name, contest, suite), contest, times, noise)
+
+
+def missing_record(name: str, contest: Contest, *, missing: str, suite: str = "") -> Record:
+    """The record of a contest that cannot be held. missing: what is not installed, and how to bring it."""
+    return dataclasses.replace(_blank_record(name, contest, suite), missing=missing)
 
 
 def _blank_record(name: str, contest: Contest, suite: str) -> Record:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shlex
 import time
 from collections.abc import Iterator
@@ -108,7 +107,7 @@ def run_demo(options: DemoOptions, *, command: str = "linerate demo") -> dict[st
             "images": _describe_images(options, train, test),
             "recipe": f"{config.recipe}: {config.model.encoder}, views {config.views.augmentation} of "
             f"{config.views.size} px, K = {config.dictionary.num_keys:,}, batch {config.optim.global_batch}",
-            "chance_loss": math.log(config.dictionary.num_keys + 1),
+            "chance_loss": config.chance_loss,
             "train": dataclasses.asdict(summary),
             "knn": knn,
             "throughput": throughput,

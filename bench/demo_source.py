@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ class SourcePart:
     per_class: int | None = None
 
     @property
-    def containers(self) -> list[Path]:
+    def containers(self) -> Sequence[Path | str]:
         return self.whole.containers
 
     @cached_property

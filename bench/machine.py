@@ -34,6 +34,8 @@ LIBRARIES = (
     "img2dataset",
     "ffcv",
 )
+# Bars in pairs/s were set on this card; they say nothing of another.
+BAR_GPU = "H200"
 PARTS = ("shards", "pipeline", "train", "bench")
 
 # A kernel whose time wanders by a tenth, or a neighbour on a tenth of the machine, moves ratios visibly.
@@ -149,6 +151,12 @@ def gpu() -> dict[str, Any] | None:
     if query:
         record.update(zip((f.replace(".", "_") for f in fields), query.split(", "), strict=False))
     return record
+
+
+def is_bar_gpu() -> bool:
+    """Whether this machine's card is the one that bars in pairs/s were set on."""
+    found = gpu()
+    return found is not None and BAR_GPU in found["name"]
 
 
 def code_identity() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -71,7 +71,7 @@ class Record:
     missing: str | None = None
     """the peer that is not installed, and how to bring it"""
     refused: str | None = None
-    """why nothing was timed: the sides disagree"""
+    """why nothing was timed: the sides disagree, or the benchmark failed or ran past its limit"""
     note: str | None = None
     suite: str = "cpu"
     measured_at: str = ""
@@ -95,6 +95,17 @@ def append_jsonl(path: Path, record: Record) -> None:
         file.write(json.dumps(record.to_json(), allow_nan=False) + "\n")
 
 
+def compact_json(record: Record) -> dict[str, Any]:
+    """What a record found, without where and when and its single rounds; what is empty is left out."""
+    left_out = {"machine", "ours_s", "theirs_s", "measured_at", "suite", "amount"}
+    fields = {name: value for name, value in record.to_json().items() if name not in left_out}
+    return {
+        name: float(f"{value:.5g}") if isinstance(value, float) else value
+        for name, value in fields.items()
+        if value not in (None, "")
+    }
+
+
 def load_jsonl(path: Path) -> list[Record]:
     """The records of a results file, in order. Fields that a newer version added are dropped.
 
@@ -102,25 +113,30 @@ def load_jsonl(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"there is no results file {path}; `linerate bench run --out {path}` writes one")
-    known = {field.name for field in dataclasses.fields(Record)}
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-            record = Record(**{key: value for key, value in fields.items() if key in known})
+            records.append(from_json(json.loads(line)))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number}, is no benchmark record ({error}); "
                 "give a file that `linerate bench run --out` wrote"
             ) from None
-        records.append(
-            dataclasses.replace(record, ours_s=tuple(record.ours_s), theirs_s=tuple(record.theirs_s))
-        )
     if not records:
         raise UserError(f"{path} holds no records; `linerate bench run --out {path}` writes some")
     return records
+
+
+def from_json(fields: Mapping[str, Any]) -> Record:
+    """The inverse of `to_json`; fields that a newer version added are dropped.
+
+    Raises TypeError or AttributeError for what is no record.
+    """
+    known = {field.name for field in dataclasses.fields(Record)}
+    record = Record(**{key: value for key, value in fields.items() if key in known})
+    return dataclasses.replace(record, ours_s=tuple(record.ours_s), theirs_s=tuple(record.theirs_s))
 
 
 def latest(records: Iterable[Record]) -> dict[Key, Record]:

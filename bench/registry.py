@@ -5,8 +5,8 @@ its contest was run, so it may hold folders, loaders and pinned cores in `with` 
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from linerate.bench.contest import Contest, Count, Setting, Size, run_contest
 from linerate.bench.record import Record
@@ -62,7 +62,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         "read_memory:bench_read_rss", "memory of one rank's order and indexes at 940 M samples"
     ),
     "views": Benchmark(
-        "views:bench_views", "JPEG bytes -> two 224 px views, one core", ("torchvision", "PIL")
+        "views:bench_views",
+        "JPEG bytes -> two 224 px views, one core; with --backends each of them against torch",
+        ("torchvision", "PIL"),
+    ),
+    "views-rss": Benchmark(
+        "views_memory:bench_views_rss",
+        "memory of a rank's loader over epochs of an adversarial size order, against what --dry-run foresees",
     ),
     "draws": Benchmark("views:bench_draws", "drawing the augmentation's parameters, as a share of `views`"),
     "ema": Benchmark("step_parts:bench_ema", "the key encoder's update of ResNet-50, 161 tensors"),
@@ -73,7 +79,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         "step_parts:bench_infonce", "loss and gradient over 65,536 negatives; memory counted"
     ),
     "shuffle-bn": Benchmark("shuffle_bn:bench_shuffle_bn", "bytes that shuffling BN sends, 4 ranks"),
-    "step": Benchmark("step:bench_step", "the whole MoCo step; operations, bytes and host syncs counted"),
+    "step": Benchmark(
+        "step:bench_step", "the whole MoCo step; operations, bytes and host syncs counted", ("lightly",)
+    ),
+    "step-small": Benchmark("gpu_step:bench_step_small", "the step at batch 32, where launches count"),
+    "step-stages": Benchmark(
+        "step_stages:bench_step_stages", "one step by its stages, and its largest kernels"
+    ),
+    "views-sweep": Benchmark(
+        "gpu_views:bench_views_sweep", "DALI's views over hw_decoder_load x threads x prefetch"
+    ),
     "train": Benchmark(
         "pipeline:bench_train", "loader alone, step alone, and both together; the recipe `demo`"
     ),
@@ -88,16 +103,50 @@ class Suite:
     size: Size
     rounds: int
     only_by_name: tuple[str, ...] = ()
-    """what takes too long to run with the others"""
+    """what takes too long to run with the others, or says little here"""
+    limits_s: Mapping[str, float] = field(default_factory=dict)
+    """benchmark -> seconds that it may take in a process of its own; none: all share this one"""
+    device: str = "cpu"
 
+    @property
+    def names(self) -> list[str]:
+        """What runs where no name is given; in the order of the limits, where there are such."""
+        if self.limits_s:
+            return [name for name in self.limits_s if name in BENCHMARKS]
+        return [name for name in BENCHMARKS if name not in self.only_by_name]
+
+
+# Those whose paths are for a GPU; on a CPU they run where they are named.
+FOR_A_GPU = ("step-small", "step-stages", "views-sweep")
+
+# What is known soonest comes first. A name that is not registered, as `sgd-ema` yet, is left out.
+GPU_LIMITS_S = {
+    "enqueue": 60.0,
+    "ema": 60.0,
+    "sgd-ema": 60.0,
+    "infonce": 60.0,
+    "step-stages": 45.0,
+    "views": 75.0,
+    "train": 75.0,
+    "views-sweep": 100.0,
+    "step": 180.0,
+    "step-small": 90.0,
+}
 
 SUITES: dict[str, Suite] = {
-    "quick": Suite("smaller work, about a minute", "quick", 7),
+    "quick": Suite("smaller work, about a minute", "quick", 7, FOR_A_GPU),
     "cpu": Suite(
         "the work that the bars name, minutes; `plan`, which takes most of an hour, only where it is named",
         "full",
         9,
-        ("plan",),
+        ("plan", *FOR_A_GPU),
+    ),
+    "gpu": Suite(
+        "views, step and its parts on a CUDA device, each in a process of its own under a time limit",
+        "full",
+        7,
+        limits_s=GPU_LIMITS_S,
+        device="cuda",
     ),
 }
 

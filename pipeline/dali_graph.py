@@ -63,18 +63,32 @@ def views_graph(
         dtype=[types.UINT8, *[types.FLOAT] * num_views],
         ndim=[1] * (1 + num_views),
     )
-    if device == "gpu":
-        image = fn.decoders.image(
-            jpegs,
-            device="mixed",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-            hw_decoder_load=hw_decoder_load,
-        )
-    else:
-        image = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    image = decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
     return tuple(one_view(image, one, size=size, device=device, form=form) for one in draws)
+
+
+@pipeline_def(exec_dynamic=True)
+def decode_graph(
+    source: Callable[[], list[npt.NDArray[np.uint8]]], *, device: str, hw_decoder_load: float = 0.65
+) -> Any:
+    """The decoder of `views_graph` alone; the output is N images (H, W, 3) uint8."""
+    jpegs = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
+    return decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
+
+
+def decode(jpegs: Any, *, device: str, hw_decoder_load: float) -> Any:
+    """(H, W, 3) uint8 RGB on the device; EXIF turns nothing."""
+    if device == "cpu":
+        return fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    return fn.decoders.image(
+        jpegs,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # The CPU's and every other decoder's way of bringing chroma to full size.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
+    )
 
 
 def one_view(image: Any, draws: Any, *, size: int, device: str, form: Form) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from linerate.pipeline.dali_graph import Form, graph_inputs, views_graph
+from linerate.pipeline.dali_graph import Form, decode_graph, graph_inputs, views_graph
 from linerate.pipeline.draws import Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import LabelledImages
@@ -218,20 +218,17 @@ class _Pipeline:
         num_threads: int,
         prefetch: int,
     ) -> None:
-        gpu = device.type == "cuda"
-        index = torch.cuda.current_device() if gpu and device.index is None else device.index
         feed = self._feed = _Feed()
         self._graph = views_graph(
             lambda: next(feed.at_hand),
             num_views=num_views,
             size=size,
-            device="gpu" if gpu else "cpu",
             form=form,
             hw_decoder_load=hw_decoder_load,
             batch_size=batch,
             num_threads=num_threads,
-            device_id=index if gpu else None,
             prefetch_queue_depth=prefetch,
+            **_place(device),
         )
         self._graph.build()
 
@@ -245,6 +242,46 @@ class _Pipeline:
 
 class _Feed:
     at_hand: Iterator[Inputs] = iter(())
+
+
+def _place(device: torch.device) -> dict[str, Any]:
+    """The device in DALI's words."""
+    if device.type == "cpu":
+        return {"device": "cpu", "device_id": None}
+    return {
+        "device": "gpu",
+        "device_id": torch.cuda.current_device() if device.index is None else device.index,
+    }
+
+
+def decoded(
+    batches: Iterable[list[npt.NDArray[np.uint8]]],
+    *,
+    batch: int,
+    device: str = "cpu",
+    num_threads: int = 1,
+    prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
+) -> Iterator[Any]:
+    """DALI's list of images (H, W, 3) of each batch of JPEGs, by the decoder that makes the views.
+
+    For comparisons and measurements. batch: the most JPEGs in one. Raises RuntimeError where one does not
+    decode.
+    """
+    feed = iter(batches)
+    graph = decode_graph(
+        lambda: next(feed),
+        hw_decoder_load=hw_decoder_load,
+        batch_size=batch,
+        num_threads=num_threads,
+        prefetch_queue_depth=prefetch,
+        **_place(torch.device(device)),
+    )
+    graph.build()
+    with contextlib.suppress(StopIteration):
+        while True:
+            (images,) = graph.run()
+            yield images
 
 
 def default_form(device: torch.device) -> Form:

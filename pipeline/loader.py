@@ -22,6 +22,7 @@ from linerate.pipeline.cache import lanes_here, open_shards, place_of, require_r
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import LabelledImages
+from linerate.pipeline.host_memory import give_back_memory
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
 from linerate.pipeline.reader import EpochFetch, Ints, subset_sizes
 from linerate.pipeline.recipe import ImageRecipe, ViewRecipe, find_recipe
@@ -45,6 +46,8 @@ _IMAGE_CLASSES = {
 }
 BatchT = TypeVar("BatchT", TwoViews, LabelledImages)
 BatchT_co = TypeVar("BatchT_co", TwoViews, LabelledImages, covariant=True)
+GIVE_BACK_STEPS = 256
+"""How often within an epoch: the steps after it fault in what they need, 0.2 ms an image for one batch."""
 
 
 class Backend(Protocol[BatchT_co]):
@@ -69,15 +72,22 @@ def open_backend(
     device: str = "cpu",
     num_threads: int | None = None,
     prefetch: int = 2,
+    hw_decoder_load: float | None = None,
 ) -> Backend[TwoViews]:
-    """The backend of that name. Raises UserError with the nearest name where there is none."""
-    backend: Backend[TwoViews] = _find_class(name, _CLASSES)(
+    """The backend of that name. Raises UserError with the nearest name where there is none.
+
+    hw_decoder_load: the share of a batch that a GPU's JPEG unit decodes for dali; None: dali_graph's own.
+    """
+    make = _find_class(name, _CLASSES)
+    own = {"hw_decoder_load": hw_decoder_load} if name == "dali" and hw_decoder_load is not None else {}
+    backend: Backend[TwoViews] = make(
         recipe=recipe,
         seed=seed,
         batch=batch,
         device=device,
         num_threads=num_threads or default_num_threads(),
         prefetch=prefetch,
+        **own,
     )
     return backend
 
@@ -119,6 +129,7 @@ class Loader(Generic[BatchT]):
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step={start_step} is not in 0..{self.steps_per_epoch}, the epoch's steps")
         self.replacements.begin_epoch()
+        give_back_memory()  # what the epoch before left is free by now
         self._fetch = self._fetch.for_epoch(epoch).without(self.replacements.known)
         step = start_step
         while step < self.steps_per_epoch:
@@ -129,6 +140,8 @@ class Loader(Generic[BatchT]):
                         self._count(views, step)
                         step += 1
                         yield views
+                        if step % GIVE_BACK_STEPS == 0:
+                            give_back_memory()
             except BadSamples as error:
                 known = self.replacements.learn(error, epoch=epoch, step=step)
                 self._fetch = self._fetch.without(known)
@@ -169,6 +182,7 @@ def open_views(
     window_shards: int = DEFAULT_WINDOW_SHARDS,
     num_threads: int | None = None,
     prefetch: int = 2,
+    hw_decoder_load: float | None = None,
     bad_share: float = DEFAULT_BAD_SHARE,
     on_bad: Callable[[BadSample], None] = log_bad_sample,
 ) -> ViewLoader:
@@ -176,6 +190,7 @@ def open_views(
 
     num_lanes: None takes `default_num_lanes(global_batch)`; the world size must divide it.
     num_threads: None takes the cores that this rank has. prefetch: batches made ahead.
+    hw_decoder_load: as in `open_backend`.
     bad_share: the share of an epoch's samples that may be replaced; on_bad is told each that is found bad.
     Raises UserError before any image is read, for whatever cannot work.
     """
@@ -203,6 +218,7 @@ def open_views(
         device=device,
         num_threads=num_threads,
         prefetch=prefetch,
+        hw_decoder_load=hw_decoder_load,
     )
     return Loader(
         views,

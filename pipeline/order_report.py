@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from linerate.pipeline.order import EpochOrder
+from linerate.pipeline.order import EpochOrder, Ints
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.shuffle_quality import measured_steps, shuffle_quality
 from linerate.shards.catalog import Catalog
@@ -23,27 +23,43 @@ class RankShare:
     """By the mean size of a shard's samples: the exact bytes would cost the index of every shard."""
 
 
-def rank_shares(order: EpochOrder, catalog: Catalog, *, world_size: int) -> list[RankShare]:
-    """The share of every rank; loads no index. Raises UserError where the ranks do not share the lanes."""
+@dataclass(frozen=True)
+class RankShares:
+    """What the ranks read in an epoch."""
+
+    ranks: list[RankShare]
+    num_shared: int
+    """Shards of which more than one rank reads a part."""
+
+
+def rank_shares(order: EpochOrder, *, shard_sizes: Ints, shard_bytes: Ints, world_size: int) -> RankShares:
+    """The share of every rank; loads no index. Raises UserError where the ranks do not share the lanes.
+
+    shard_sizes, shard_bytes: (S,) samples and bytes of each shard.
+    """
     shares = []
+    num_readers = np.zeros(len(shard_sizes), dtype=np.int64)
     for rank in range(world_size):
         shard, _, rows = order.pieces(rank=rank, world_size=world_size)
-        share = rows / np.maximum(catalog.shard_sizes[shard], 1)
+        share = rows / np.maximum(shard_sizes[shard], 1)
+        own = np.unique(shard)
+        num_readers[own] += 1
         shares.append(
             RankShare(
-                num_shards=len(np.unique(shard)),
+                num_shards=len(own),
                 num_samples=int(rows.sum()),
-                num_bytes=int((catalog.shard_bytes[shard] * share).sum()),
+                num_bytes=int((shard_bytes[shard] * share).sum()),
             )
         )
-    return shares
+    return RankShares(shares, int((num_readers > 1).sum()))
 
 
-def share_rows(shares: list[RankShare]) -> list[tuple[str, str]]:
+def share_rows(shares: RankShares) -> list[tuple[str, str]]:
     """The shares as rows of a table."""
-    shards, num_bytes = ([getattr(one, name) for one in shares] for name in ("num_shards", "num_bytes"))
+    shards, num_bytes = ([getattr(one, name) for one in shares.ranks] for name in ("num_shards", "num_bytes"))
+    shared = f"{shares.num_shared:,} read by more than one rank" if shares.num_shared else "each read by one"
     return [
-        ("shards per rank", f"{min(shards):,} to {max(shards):,}, world size {len(shares)}"),
+        ("shards per rank", f"{min(shards):,} to {max(shards):,}, world size {len(shares.ranks)}; {shared}"),
         ("bytes per rank", f"{min(num_bytes) / 1e6:,.1f} to {max(num_bytes) / 1e6:,.1f} MB, about"),
     ]
 
@@ -56,6 +72,9 @@ def report_order(order: EpochOrder, catalog: Catalog, *, world_size: int) -> dic
     quality = shuffle_quality(
         batches, shard_sizes=catalog.shard_sizes, labels=labels if (labels >= 0).any() else None
     )
+    shares = rank_shares(
+        order, shard_sizes=catalog.shard_sizes, shard_bytes=catalog.shard_bytes, world_size=world_size
+    )
     return {
         "num_samples": order.num_samples,
         "num_shards": catalog.num_shards,
@@ -67,7 +86,7 @@ def report_order(order: EpochOrder, catalog: Catalog, *, world_size: int) -> dic
         "seed": order.seed,
         "steps_per_epoch": order.num_steps,
         "num_dropped": order.num_dropped,
-        "ranks": [asdict(share) for share in rank_shares(order, catalog, world_size=world_size)],
+        **asdict(shares),
         "shuffle": asdict(quality),
     }
 
@@ -79,7 +98,7 @@ def order_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("steps per epoch", f"{report['steps_per_epoch']:,} of {report['global_batch']:,} samples"),
         ("dropped per epoch", f"{report['num_dropped']:,}, others every epoch"),
         ("lanes", f"{report['num_lanes']}, each shuffling {report['window_shards']} shards at a time"),
-        *share_rows([RankShare(**rank) for rank in report["ranks"]]),
+        *share_rows(RankShares([RankShare(**rank) for rank in report["ranks"]], report["num_shared"])),
         *_quality_rows(report["shuffle"]),
     ]
 

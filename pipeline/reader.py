@@ -20,6 +20,7 @@ from linerate.pipeline.ahead import Ahead
 from linerate.pipeline.bad_samples import BadSamples, KnownBad
 from linerate.pipeline.cache import LostShardError, Place, ShardCache, open_shards
 from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.host_memory import shards_at_hand
 from linerate.pipeline.order import EpochOrder
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -156,7 +157,7 @@ class ShardReader:
                 bad[row] = f"{self.catalog.shard_path(one)}: {error.strerror}"
                 continue
             if not whole:
-                bad[row] = _cut_short(self.catalog.shard_path(one), promised=start + end - begin)
+                bad[row] = _cut_short(self.catalog.shard_path(one))
         return [buffer[begin:end] for begin, end in spans], bad
 
     def _open(self, shard: int) -> int:
@@ -281,9 +282,7 @@ class EpochFetch:
 
     def _open(self) -> tuple[EpochOrder, ShardReader]:
         if self._reader is None:
-            # A lane holds one window, the reads ahead may stand in the next.
-            lanes = self.num_lanes // self.world_size
-            at_hand = lanes * 2 * (self.window_shards + 1)
+            at_hand = shards_at_hand(self.num_lanes // self.world_size, window_shards=self.window_shards)
             self._reader = ShardReader(open_shards(self.place), num_shards_at_hand=at_hand)
         if self._order is None:
             self._order = self._order_of(self._reader.catalog, self.epoch)
@@ -358,5 +357,5 @@ def _pread_exactly(file: int, view: memoryview, offset: int) -> bool:
     return True
 
 
-def _cut_short(path: Path, *, promised: int) -> str:
-    return f"{path} holds {path.stat().st_size:,} bytes, its index promises {promised:,} or more"
+def _cut_short(path: Path) -> str:
+    return f"{path}: it ends after {path.stat().st_size:,} bytes, before its index does"

@@ -20,7 +20,7 @@ FIRST_PAUSE_S = 0.25
 
 SCHEMES = ("s3", "gs", "https", "http", "memory")
 """memory:// is fsspec's, within one process: for tests."""
-_EXTRAS = {"s3": "s3", "gs": "gcs"}
+_EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http"}
 # Of libraries that need not be installed, hence by name.
 _NO_CREDENTIALS = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ from linerate.shards.out_folder import WORK_NAME
 from linerate.shards.plan import HEADER_NAME, Plan, make_plan_without
 from linerate.shards.plan_rows import DUPLICATE_BYTES, SHARDS_PER_FILE, rows_path
 
-_PLACE_NAME = "place.json"
+PLACE_NAME = "place.json"
 # As the shards have it: without a name and password in a URL, see remote_url.without_userinfo.
 _PLAIN_KEY = r"regexp_replace(key, '^([Hh][Tt][Tt][Pp][Ss]?://)[^/?#]*@', '\1')"
 _KNOWN_NAME = "known.json"
 
 
 class NothingNewError(Exception):
-    """All that the source holds is in the shards already."""
+    """All that the source holds is in the shards already. num_known: so many images."""
+
+    def __init__(self, num_known: int = 0) -> None:
+        super().__init__(num_known)
+        self.num_known = num_known
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Base:
             }
         }
 
+    @property
+    def indexes(self) -> list[Path]:
+        """The .parquet of every shard that is there."""
+        return [(self.out / file).with_suffix(".parquet") for file in self.catalog.files]
+
     def drop_known(self, plan: Plan, *, sizing: Sizing, memory: str) -> Plan:
         """The plan less the samples whose key is there, with the classes that are there numbered as there.
 
@@ -67,7 +77,7 @@ class Base:
         """
         from linerate.shards.plan_query import open_database
 
-        files = [os.fspath((self.out / file).with_suffix(".parquet")) for file in self.catalog.files]
+        files = [os.fspath(path) for path in self.indexes]
         planned = " UNION ALL ".join(
             f"SELECT file_row_number + {plan.first_sample_id(shard)} AS sample_id, {_PLAIN_KEY} AS key "
             f"FROM read_parquet({_quoted(rows_path(plan.folder, shard))}, file_row_number = true)"
@@ -90,10 +100,15 @@ class Base:
                 class_names=self.catalog.class_names,
             )
         if not left.num_samples:
-            raise NothingNewError
-        known = {"num_known": plan.num_samples - left.num_samples}
-        (plan.folder / _KNOWN_NAME).write_text(json.dumps(known), encoding="utf-8")
+            raise NothingNewError(plan.num_samples)
+        self.note(plan, num_known=plan.num_samples - left.num_samples)
         return left
+
+    def note(self, plan: Plan, **counts: int) -> None:
+        """Keep these beside the plan, for the record of the append."""
+        path = plan.folder / _KNOWN_NAME
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(before | counts), encoding="utf-8")
 
     def extend(
         self, header: dict[str, Any], shards: Any, rejects: Any, plan: Plan
@@ -111,7 +126,7 @@ class Base:
             "num_samples": header["num_samples"],
             "num_planned": header["num_planned"],
             "num_rejected": rejects.num_rows - old.num_rejected,
-            "num_known": known["num_known"],
+            **known,
             "filtered": header["filtered"],
             "options": {key: value for key, value in header["options"].items() if key != "append"},
         }
@@ -159,7 +174,7 @@ def open_base(out: Path, *, name: str) -> Base:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _keep_base(out, folder, name=name)
-    place = json.loads((folder / _PLACE_NAME).read_text(encoding="utf-8"))
+    place = json.loads((folder / PLACE_NAME).read_text(encoding="utf-8"))
     return Base(catalog=Catalog.load(folder), out=out, **place)
 
 
@@ -168,7 +183,7 @@ def load_base(out: Path) -> Base | None:
     folder = out / WORK_NAME / "base"
     if not folder.exists() or not (out / WORK_NAME / HEADER_NAME).exists():
         return None
-    place = json.loads((folder / _PLACE_NAME).read_text(encoding="utf-8"))
+    place = json.loads((folder / PLACE_NAME).read_text(encoding="utf-8"))
     return Base(catalog=Catalog.load(folder), out=out, **place)
 
 
@@ -187,6 +202,20 @@ def refuse_appended(out: Path) -> None:
         )
 
 
+def refuse_unlisted(catalog: Catalog, names: Collection[str], out: Path | str) -> None:
+    """Raise UserError where a shard lies in OUT that its catalog does not list. names: of its files."""
+    listed = set(catalog.files)
+    foreign = sorted(
+        name
+        for name in names
+        if name.startswith(f"{catalog.name}-") and name.endswith(".tar") and name not in listed
+    )
+    if foreign:
+        raise UserError(
+            f"{out} holds {', '.join(foreign[:3])}, which its catalog does not list; move it away first"
+        )
+
+
 def _keep_base(out: Path, folder: Path, *, name: str) -> None:
     if not (out / CATALOG_NAME).exists():
         raise UserError(f"--append adds to finished shards, {out} holds none; leave --append out first")
@@ -195,11 +224,7 @@ def _keep_base(out: Path, folder: Path, *, name: str) -> None:
         raise UserError(
             f"--name is {name}, but the shards of {out} are named {catalog.name}; give --name {catalog.name}"
         )
-    foreign = sorted({path.name for path in out.glob(f"{name}-*.tar")} - set(catalog.files))
-    if foreign:
-        raise UserError(
-            f"{out} holds {', '.join(foreign[:3])}, which its catalog does not list; move it away first"
-        )
+    refuse_unlisted(catalog, {path.name for path in out.iterdir()}, out)
     marks = (re.fullmatch(rf"{re.escape(name)}-(\d{{6,}})\.parquet", path.name) for path in out.iterdir())
     last_ids = catalog.shard_index(catalog.num_shards - 1).sample_id
     place = {
@@ -212,7 +237,7 @@ def _keep_base(out: Path, folder: Path, *, name: str) -> None:
     temp.mkdir()
     for file in (CATALOG_NAME, SHARDS_NAME, REJECTED_NAME):
         shutil.copyfile(out / file, temp / file)
-    (temp / _PLACE_NAME).write_text(json.dumps(place), encoding="utf-8")
+    (temp / PLACE_NAME).write_text(json.dumps(place), encoding="utf-8")
     temp.replace(folder)
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
@@ -22,8 +22,9 @@ PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
 TRIES = 6
 BACKOFF_S = 0.5
-# A missing object is an error of the same type, and its path may hold the word.
-_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
+# A missing object is an error of the same type, and its path may hold the word. gcsfs says no more than what
+# was asked: the list of the bucket's objects.
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|^b/[^/]+/o$", re.IGNORECASE)
 # A part is long for a slow line.
 _TIMEOUT_S = 60.0
 T = TypeVar("T")
@@ -45,12 +46,16 @@ class Bucket:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file under the prefix, by its name after it."""
+        return {name: int(info["size"]) for name, info in self.details("").items()}
+
+    def details(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What the store tells of every file under the prefix and a folder in it, by its name after it."""
         prefix = f"{self._path}/"
-        found = self._patiently(lambda: self._store.find(self._path, detail=True))
+        found = self._patiently(lambda: self._store.find(f"{prefix}{folder}".rstrip("/"), detail=True))
         return {
-            name.removeprefix(prefix): int(info["size"])
+            name.removeprefix(prefix): info
             for name, info in found.items()
-            if name.startswith(prefix)
+            if name.startswith(f"{prefix}{folder}")
         }
 
     def put(self, path: Path, name: str) -> None:
@@ -66,8 +71,13 @@ class Bucket:
 
         self._patiently(send)
 
+    def put_bytes(self, data: bytes, name: str) -> None:
+        """Store a small file."""
+        self._patiently(lambda: self._store.pipe_file(f"{self._path}/{name}", data))
+
     def get(self, name: str, path: Path) -> None:
         """Bring a file; what lies at `path` is whole or from before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         temp = path.with_name(f".{path.name}.tmp")
         self._patiently(lambda: self._store.get_file(f"{self._path}/{name}", str(temp)))
         temp.replace(path)
@@ -80,6 +90,13 @@ class Bucket:
                 return function(file)
 
         return self._patiently(opened)
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, of which each read asks for just its bytes."""
+        opened: BinaryIO = self._patiently(
+            lambda: self._store.open(f"{self._path}/{name}", "rb", cache_type="none")
+        )
+        return opened
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, one after the other; one that is gone is no error."""

@@ -1,4 +1,4 @@
-"""The image policy in a process that may die: for a shard that has killed a worker before.
+"""What is done with an image, in a process that may die: for a shard that has killed a worker before.
 
 A decoder that crashes takes its process along and with it the whole shard, in every attempt. Asked image by
 image from outside, it is clear which one did it; that one is rejected and all others are as they always are.
@@ -14,7 +14,10 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Generic, TypeVar
 
 from linerate.shards.image_policy import Taken, make_judge
 from linerate.shards.inspect_image import Buffer, RejectedError
@@ -24,13 +27,18 @@ from linerate.shards.options import ImagePolicy
 IMAGE_LIMIT_S = 120.0
 # SIGKILL comes from outside, mostly because memory is short, so it says little about the image.
 ATTEMPTS_AFTER_SIGKILL = 3
+AnswerT = TypeVar("AnswerT")
 
 
-class CarefulJudge:
-    """As make_judge(policy), but an image that kills the process, or takes too long, is rejected."""
+class CarefulProcess(Generic[AnswerT]):
+    """The function that make() returns there, but an image that kills it, or takes too long, is rejected.
 
-    def __init__(self, policy: ImagePolicy) -> None:
-        self._policy = policy
+    make: picklable. limit_s: for one image.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[Buffer], AnswerT]], *, limit_s: float) -> None:
+        self._make = make
+        self._limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
@@ -42,42 +50,49 @@ class CarefulJudge:
             self._pipe.close()
         self._process = self._pipe = None
 
-    def __call__(self, data: Buffer) -> Taken:
+    def __call__(self, data: Buffer) -> AnswerT:
         attempts = 1
-        while (answer := self._ask(data)) == "SIGKILL" and attempts < ATTEMPTS_AFTER_SIGKILL:
+        while (answer := self._ask(data)) == _Death("SIGKILL") and attempts < ATTEMPTS_AFTER_SIGKILL:
             attempts += 1
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer, str):
-            raise RejectedError("kills the decoder", answer)
+        if isinstance(answer, _Death):
+            raise RejectedError("kills the decoder", answer.how)
         return answer
 
-    def _ask(self, data: Buffer) -> Taken | Exception | str:
+    def _ask(self, data: Buffer) -> AnswerT | Exception | _Death:
         """The answer, the error that was raised there, or what ended the process."""
         if self._process is None or self._pipe is None:
-            self._process, self._pipe = _start(self._policy)
+            self._process, self._pipe = _start(self._make)
         try:
             self._pipe.send_bytes(data)
-            if not self._pipe.poll(IMAGE_LIMIT_S):
+            if not self._pipe.poll(self._limit_s):
                 self.close()
-                return f"not done after {IMAGE_LIMIT_S:.0f} s"
-            answer: Taken | Exception = self._pipe.recv()
+                return _Death(f"not done after {self._limit_s:.0f} s")
+            answer: AnswerT | Exception = self._pipe.recv()
             return answer
         except (EOFError, OSError):
             code = self._process.wait()
             self.close()
-            return signal.Signals(-code).name if code < 0 else f"its process ended with code {code}"
+            return _Death(signal.Signals(-code).name if code < 0 else f"its process ended with code {code}")
+
+
+@dataclass(frozen=True)
+class _Death:
+    """What ended the process."""
+
+    how: str
 
 
 @functools.cache
-def careful_judge(policy: ImagePolicy) -> CarefulJudge:
-    """One for the life of this process."""
-    judge = CarefulJudge(policy)
+def careful_judge(policy: ImagePolicy) -> CarefulProcess[Taken]:
+    """make_judge(policy) so; one for the life of this process."""
+    judge = CarefulProcess(functools.partial(make_judge, policy), limit_s=IMAGE_LIMIT_S)
     atexit.register(judge.close)
     return judge
 
 
-def _start(policy: ImagePolicy) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(make: Callable[[], object]) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = multiprocessing.Pipe()
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", "from linerate.shards.careful import serve; serve()"],
@@ -87,7 +102,7 @@ def _start(policy: ImagePolicy) -> tuple[subprocess.Popen[bytes], Connection]:
         env=os.environ
         | {
             "PYTHONPATH": os.pathsep.join(sys.path),
-            "LINERATE_CAREFUL": f"{theirs.fileno()} {pickle.dumps(policy).hex()}",
+            "LINERATE_CAREFUL": f"{theirs.fileno()} {pickle.dumps(make).hex()}",
         },
     )
     theirs.close()
@@ -95,18 +110,18 @@ def _start(policy: ImagePolicy) -> tuple[subprocess.Popen[bytes], Connection]:
 
 
 def serve() -> None:
-    """The life of the process: an image in, what the policy makes of it out, until the pipe ends."""
+    """The life of the process: an image in, what the function makes of it out, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    number, policy = os.environ["LINERATE_CAREFUL"].split()
+    number, make = os.environ["LINERATE_CAREFUL"].split()
     pipe = Connection(int(number))
-    judge = make_judge(pickle.loads(bytes.fromhex(policy)))
+    call = pickle.loads(bytes.fromhex(make))()
     while True:
         try:
             data = pipe.recv_bytes()
         except (EOFError, OSError):
             return
         try:
-            answer: Taken | Exception = judge(data)
+            answer: object = call(data)
         except Exception as error:
             answer = error
         pipe.send(answer)

@@ -6,10 +6,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +94,8 @@ class Catalog:
     """What was added to the shards later, in order: plan, options, first shard and sample, counts."""
     bring: Bring | None = None
     """What fetches tars and indexes of shards that lie elsewhere; None: all are in root."""
+    open_there: Callable[[int], BinaryIO] | None = None
+    """What opens a shard's tar where it lies, for a few reads; None: as `bring` says."""
 
     @classmethod
     def load(cls, root: Path | str) -> Catalog:
@@ -159,6 +161,10 @@ class Catalog:
     def ready_path(self, shard: int, suffix: str = ".tar") -> Path:
         """A file of this shard that can be opened: fetched first where it lies elsewhere."""
         return self.bring(shard, suffix) if self.bring else self.shard_path(shard).with_suffix(suffix)
+
+    def open_tar(self, shard: int) -> BinaryIO:
+        """The tar of this shard, for a few reads at any place."""
+        return self.open_there(shard) if self.open_there else self.ready_path(shard).open("rb")
 
     def shard_index(self, shard: int) -> ShardIndex:
         """Load the numeric columns of one shard's index. Raises UserError when it is missing or cut short."""

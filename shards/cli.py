@@ -38,7 +38,8 @@ class PackArgs(PackOptions, FetchOptions):
 
     paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT")]
     """SOURCE: a folder (class folders become labels), one or several tars (of class folders, or
-    WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs). OUT: the
+    WebDataset), or manifests (Parquet, CSV, TSV or JSON lines with a column of paths or URLs); tars and
+    manifests may be URLs, or an s3:// or gs:// prefix or pattern of them. OUT: the
     folder of the shards; new, empty, or begun by the same command; or an s3:// or gs:// URL."""
     ground_truth: Path | None = None
     """The classes of ImageNet's validation set: its devkit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's
@@ -116,6 +117,8 @@ def main_pack(argv: list[str]) -> int:
     if is_remote(out):
         _show_remote(out, catalog, bars.num_packed, time.perf_counter() - started, json=args.json)
         return 0
+    if bars.num_known and not args.json:
+        Console().print(f"nothing new: the keys or the bytes of all {bars.num_known:,} images are there")
     _tell(catalog, args, num_packed=bars.num_packed, seconds=time.perf_counter() - started)
     return 0
 
@@ -127,7 +130,7 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
     *sources, out = args.paths
     with PackProgress() as bars:
         report = pack_part(
-            open_labelled(sources, options, ground_truth=args.ground_truth),
+            open_labelled(sources, options, ground_truth=args.ground_truth, fetch=fetch),
             out,
             part,
             options=options,
@@ -139,6 +142,7 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
                 fetch=fetch,
                 on_progress=bars.advance,
             ),
+            staging=args.staging,
             on_wait=lambda whom: terminal.stderr.print(f"waiting for the plan, which {whom} makes"),
             wait_limit_s=args.plan_wait_s,
         )
@@ -162,19 +166,26 @@ def _pack_part(args: PackArgs, options: PackOptions, fetch: FetchOptions, engine
 class FinishArgs:
     """Write the catalog once the workers of --worker-index have packed all shards; needs no source."""
 
-    out: Positional[Path]
-    """The folder that they packed into."""
+    out: Positional[str]
+    """The folder or URL that they packed into."""
+    staging: Path | None = None
+    """Where OUT is a URL: the folder for what is made, as of `linerate shard pack`."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
 
 def main_finish(argv: list[str]) -> int:
     args = terminal.parse_args(FinishArgs, argv, prog="linerate shard finish")
+    from linerate.shards.upload import is_remote
     from linerate.shards.worker_index import finish_parts
 
     started = time.perf_counter()
-    catalog = finish_parts(args.out)
-    _tell(catalog, args, num_packed=0, seconds=time.perf_counter() - started)
+    catalog = finish_parts(args.out, staging=args.staging)
+    seconds = time.perf_counter() - started
+    if is_remote(args.out):
+        _show_remote(args.out, catalog, 0, seconds, json=args.json)
+    else:
+        _tell(catalog, args, num_packed=0, seconds=seconds)
     return 0
 
 
@@ -189,15 +200,20 @@ def _tell(catalog: Catalog, args: PackArgs | FinishArgs, *, num_packed: int, sec
         return
     table = Table(title=f"{catalog.root}", title_justify="left", show_header=False, box=None)
     num_classes = len(overview.classes.keys() - {NO_CLASS})
-    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes")
+    unlabelled = overview.classes.get(NO_CLASS, 0) if num_classes else 0
+    without = f", {unlabelled:,} without a class" if unlabelled else ""
+    table.add_row("samples", f"{catalog.num_samples:,} in {num_classes or 'no'} classes{without}")
     table.add_row("shards", f"{catalog.num_shards} of {show_bytes(overview.num_bytes / catalog.num_shards)}")
     if catalog.appends:
         last = catalog.appends[-1]
+        known = f", the bytes of {last['num_known_bytes']:,}" if last.get("num_known_bytes") else ""
         table.add_row(
             "appended",
             f"{len(catalog.appends)} times; last {last['num_samples']:,} samples in {last['num_shards']} "
-            f"shards, {last['num_known']:,} were there",
+            f"shards; the keys of {last['num_known']:,}{known} were there",
         )
+        if unlike := last.get("num_incomparable"):
+            table.add_row("", f"{unlike:,} there were written anew when packed: their equals are not found")
     table.add_row("bytes", show_bytes(overview.num_bytes))
     changed = {name: n for name, n in overview.formats.items() if name.endswith("when packed")}
     if changed:
@@ -258,10 +274,12 @@ def _paths_last(argv: list[str]) -> list[str]:
 
 
 class PackProgress:
-    """Bars for listing the source, reading its tars, and packing it, from pack()'s progress calls."""
+    """Bars for fetching and listing the source, reading its tars, and packing it, from pack()'s calls."""
 
     def __init__(self) -> None:
         self.num_packed = 0
+        self._fetching = False
+        self.num_known = 0
         self._stack = contextlib.ExitStack()
         self._advance: Callable[[float], None] | None = None
 
@@ -272,6 +290,17 @@ class PackProgress:
         self._stack.close()
 
     def advance(self, stage: str, amount: float) -> None:
+        if stage == "to fetch":
+            self._stack.close()
+            fetched = self._stack.enter_context(
+                terminal.progress("fetching the source", total=round(amount / 1e6), unit="MB")
+            )
+            self._advance = lambda num_bytes: fetched(num_bytes / 1e6)
+            self._fetching = True
+            return
+        if self._fetching and stage != "fetch":
+            self._stack.close()
+            self._advance, self._fetching = None, False
         if stage in ("to spill", "plan"):
             self._stack.close()
             what = "packing" if stage == "plan" else "reading the tars"
@@ -281,6 +310,9 @@ class PackProgress:
             self._advance = self._stack.enter_context(
                 terminal.progress("listing the source", total=None, unit="files")
             )
+        if stage == "known":
+            self.num_known = int(amount)
+            return
         if stage == "pack":
             self.num_packed += int(amount)
         if self._advance:

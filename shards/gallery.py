@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -14,13 +14,12 @@ from linerate.shards import gallery_page
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.gallery_page import Cell
+from linerate.shards.gallery_rejects import draw_rejects, load_reject_examples
 from linerate.shards.inspect_image import FLAG_NAMES, one_line
 from linerate.shards.overview import (
     BIN_BYTES,
     LARGEST_BIN,
     NO_CLASS,
-    reject_example,
-    reject_reason,
     tags_of_sample,
 )
 from linerate.shards.preview import load_thumbnail
@@ -48,6 +47,8 @@ class GalleryReport:
     """That the shards hold."""
     num_broken: int
     """Samples that did not decode; they are on the page with the reason."""
+    num_rejects_drawn: int
+    """Of the rejects on the page; some decoder makes something of them."""
     num_bytes: int
 
 
@@ -66,11 +67,13 @@ def write_gallery(
     per_group: int = 12,
     num_groups: int = 50,
     seed: int = 0,
+    source: Sequence[Path | str] = (),
     on_cells: Callable[[float], None] = lambda cells: None,
 ) -> GalleryReport:
     """One HTML file that needs no other: random samples of every group, and what was rejected.
 
-    Of classes and hashtags the most frequent are shown, of shards and sizes the first.
+    Of classes and hashtags the most frequent are shown, of shards and sizes the first. Rejects are looked up
+    in `source`, by default where packing found them.
     Raises UserError for a page that would hold too much, and for hashtags where there are none.
     """
     for name, value in (("per", per_group), ("groups", num_groups)):
@@ -83,12 +86,15 @@ def write_gallery(
         )
     with open_tables(catalog) as db:
         groups, total = _choose(db, catalog, by, per_group=per_group, num_groups=num_groups, seed=seed)
-        rejects = _rejects(db, per_group)
+        examples = load_reject_examples(db, per_group)
+    rejects, note = draw_rejects(catalog, examples, source=source, side=SIDE_PX, quality=QUALITY)
     make_parent(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temp.open("w", encoding="utf-8") as page:
-            num_broken = _write(page, catalog, by, groups, total, rejects, on_cells)
+            num_broken = _write(page, catalog, by, groups, total, on_cells)
+            page.write(gallery_page.rejects_section(rejects, note=note))
+            page.write(gallery_page.closing())
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
@@ -98,6 +104,7 @@ def write_gallery(
         groups={group.name: group.count for group in groups},
         num_groups=total,
         num_broken=num_broken,
+        num_rejects_drawn=sum(len(group.shown) for group in rejects),
         num_bytes=path.stat().st_size,
     )
 
@@ -108,7 +115,6 @@ def _write(
     by: By,
     groups: list[_Group],
     total: int,
-    rejects: list[tuple[str, int, list[str]]],
     on_cells: Callable[[float], None],
 ) -> int:
     shown = f"{len(groups)} of {total:,} {_PLURAL[by]}" if len(groups) < total else f"by {by}"
@@ -121,7 +127,7 @@ def _write(
             title=catalog.name,
             facts=facts,
             groups=[(group.name, group.count) for group in groups],
-            num_rejected=sum(count for _, count, _ in rejects),
+            num_rejected=catalog.num_rejected,
         )
     )
     num_broken = 0
@@ -130,8 +136,6 @@ def _write(
         num_broken += sum(cell.trouble is not None for cell in cells)
         page.write(gallery_page.section(number, group.name, group.count, cells))
         on_cells(len(cells))
-    page.write(gallery_page.rejects_section(rejects))
-    page.write(gallery_page.closing())
     return num_broken
 
 
@@ -184,18 +188,9 @@ def _shown_name(catalog: Catalog, by: By, name: Any) -> str:
     return str(name)
 
 
-def _rejects(db: Any, num_examples: int) -> list[tuple[str, int, list[str]]]:
-    """(reason, files, the first few of them)."""
-    found = db.execute(
-        f"SELECT {reject_reason()} AS why, count(*) AS n, min({reject_example()}, {num_examples}) "
-        f"FROM rejected GROUP BY why ORDER BY n DESC, why"
-    )
-    return [(why, n, examples) for why, n, examples in found.fetchall()]
-
-
 def _load_cells(catalog: Catalog, samples: list[dict[str, Any]]) -> Iterator[Cell]:
     for sample in samples:
-        with catalog.shard_path(sample["shard"]).open("rb") as tar:
+        with catalog.open_tar(sample["shard"]) as tar:
             tar.seek(sample["offset"])
             jpeg = tar.read(sample["size"])
         flags = [name for bit, name in FLAG_NAMES.items() if sample["flags"] & bit]

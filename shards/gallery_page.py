@@ -24,6 +24,20 @@ class Cell:
     """base64 of a JPEG."""
     trouble: str | None
     """Why there is no image."""
+    note: str = ""
+    """A line of its own under the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectGroup:
+    """What was left out for one reason; all texts as they came."""
+
+    reason: str
+    count: int
+    shown: Sequence[Cell]
+    """Those of the examples that can be drawn."""
+    listed: Sequence[str]
+    """The others."""
 
 
 _STYLE = """
@@ -63,6 +77,7 @@ figcaption div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap 
 .key { direction: rtl; text-align: left }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 8px 12px;
   margin-bottom: 8px }
+details .grid { margin: 8px 0 4px }
 summary { cursor: pointer; overflow-wrap: anywhere }
 ul { margin: 6px 0 2px; padding-left: 20px; overflow-wrap: anywhere }
 [hidden] { display: none !important }
@@ -156,36 +171,46 @@ def section(number: int, name: str, count: int, cells: Sequence[Cell]) -> str:
 """
 
 
-def rejects_section(rejects: Sequence[tuple[str, int, Sequence[str]]]) -> str:
-    """What was left out. rejects: (reason, files, some of them)."""
-    if not rejects:
+def rejects_section(groups: Sequence[RejectGroup], *, note: str = "") -> str:
+    """What was left out, by reason. note: why nothing could be drawn."""
+    if not groups:
         return ""
-    blocks = "\n".join(
-        f"<details open><summary>{escaped(why)} <small>{count:,}</small></summary><ul>\n"
-        + "\n".join(
-            f'<li data-text="{escaped(f"{why} {example}".lower())}">{escaped(example)}</li>'
-            for example in examples
-        )
-        + (f"\n<li>and {count - len(examples):,} more</li>" if len(examples) < count else "")
-        + "</ul></details>"
-        for why, count, examples in rejects
-    )
-    total = sum(count for _, count, _ in rejects)
+    blocks = "\n".join(map(_reject_block, groups))
+    total = sum(group.count for group in groups)
+    told = f'<p class="facts">{escaped(note)}</p>\n' if note else ""
     return f"""<section id="rejected">
 <h2>rejected <small>{total:,}</small></h2>
-{blocks}
+{told}{blocks}
 </section>
 """
+
+
+def _reject_block(group: RejectGroup) -> str:
+    lines = [
+        f'<li data-text="{escaped(f"{group.reason} {text}".lower())}">{escaped(text)}</li>'
+        for text in group.listed
+    ]
+    if more := group.count - len(group.shown) - len(group.listed):
+        lines.append(f"<li>and {more:,} more</li>")
+    figures = "\n".join(_figure(cell, group.reason) for cell in group.shown)
+    return (
+        f"<details open><summary>{escaped(group.reason)} <small>{group.count:,}</small></summary>"
+        + (f'\n<div class="grid">\n{figures}\n</div>' if figures else "")
+        + ("<ul>\n" + "\n".join(lines) + "</ul>" if lines else "")
+        + "</details>"
+    )
 
 
 def closing() -> str:
     return f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
 
 
-def _figure(cell: Cell) -> str:
-    text = " ".join((cell.key, cell.class_name, cell.more, cell.trouble or "")).lower()
+def _figure(cell: Cell, group: str = "") -> str:
+    text = " ".join((cell.key, cell.class_name, cell.more, cell.note, cell.trouble or "", group)).lower()
     name = escaped(cell.key)
-    hover = "\n".join(filter(None, (name, escaped(cell.class_name), escaped(cell.facts), escaped(cell.more))))
+    told = (cell.class_name, cell.facts, cell.note, cell.more)
+    hover = "\n".join(filter(None, (name, *map(escaped, told))))
+    note = f'<div class="facts">{escaped(cell.note)}</div>' if cell.note else ""
     image = (
         f'<div class="image broken">does not decode<br>{escaped(cell.trouble)}</div>'
         if cell.trouble is not None
@@ -194,5 +219,5 @@ def _figure(cell: Cell) -> str:
     return (
         f'<figure data-text="{escaped(text)}" title="{hover}">{image}<figcaption>'
         f'<div class="key"><bdi>{name}</bdi></div><div class="facts">{escaped(cell.facts)}</div>'
-        f"</figcaption></figure>"
+        f"{note}</figcaption></figure>"
     )

@@ -9,7 +9,7 @@ import itertools
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class LabelledSource:
     truth: GroundTruth
 
     @property
-    def containers(self) -> list[Path]:
+    def containers(self) -> Sequence[Path | str]:
         return self.source.containers
 
     def rows(self) -> Iterator[SourceRow | SourceReject]:

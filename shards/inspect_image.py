@@ -30,6 +30,7 @@ CONVERTED = 1 << 12  # was no JPEG
 TURNED = 1 << 13  # as its EXIF asked
 TO_SRGB = 1 << 14
 STRIPPED = 1 << 15
+REWRITTEN = RESIZED | TRANSCODED | CONVERTED | TURNED | TO_SRGB | STRIPPED
 FLAG_NAMES = {
     PROGRESSIVE: "progressive",
     GRAY: "grayscale",

@@ -23,15 +23,24 @@ SHOWN_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyArgs:
+class LookArgs:
+    """Which shards are looked at."""
+
+    shards: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Folder of the shards, or an s3:// or gs:// URL."""
+    staging: Path | None = None
+    """Where OUT is a URL: the folder for what is fetched of it, which is removed at the end; by default the
+    system's for temporary files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArgs(LookArgs):
     """Read every byte of the shards and compare checksums, index, counts and images; exit 1 on a problem.
 
     With --repair, first write anew what is damaged: .idx, .parquet and catalog from the tars, whose bytes
     stay. What is broken in a tar is left out of every index and listed in rejected.parquet.
     """
 
-    shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder of the shards."""
     decode: Literal["none", "header", "full"] = "header"
     """How far each image is looked into, besides its checksum."""
     repair: bool = False
@@ -47,15 +56,13 @@ class VerifyArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectArgs:
+class InspectArgs(LookArgs):
     """Show what the shards hold: totals, sizes, formats, classes, hashtags, what was rejected and why.
 
     With --sql, the answer to a SELECT over `samples` (a row for each, with shard, position and class_name),
     `shards` and `rejected`; DESCRIBE samples names the columns. Nothing else can be read, nothing written.
     """
 
-    shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder of the shards."""
     classes: int = 10
     """How many of the largest and of the smallest classes to list."""
     sql: str | None = None
@@ -81,14 +88,13 @@ class InspectArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewArgs:
+class PreviewArgs(LookArgs):
     """Draw a contact sheet of random samples, or write a page of thumbnails by class, hashtag, shard or size.
 
-    The page is one HTML file that loads nothing; what was rejected stands at its end, with the reasons.
+    The page is one HTML file that loads nothing. What was rejected stands at its end with the reasons, and
+    with a picture where the source is still there and some decoder makes anything of the file.
     """
 
-    shards: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder of the shards."""
     out: Path | None = None
     """The picture to write, such as sheet.png."""
     html: Path | None = None
@@ -103,6 +109,8 @@ class PreviewArgs:
     """Of --html: at most so many samples in a group."""
     seed: int = 0
     """Another seed shows other samples."""
+    source: tuple[Path, ...] = ()
+    """Of --html: where the rejects lie, as it was given to `pack`; by default where it lay then."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -123,21 +131,23 @@ class BetonArgs:
 
 def main_verify(argv: list[str]) -> int:
     args = terminal.parse_args(VerifyArgs, argv, prog="linerate shard verify")
-    from linerate.shards.catalog import Catalog
+    from linerate.shards.look_there import look_at
     from linerate.shards.verify import verify_shards
 
     started = time.perf_counter()
     repaired = _repair(args) if args.repair else None
-    catalog = Catalog.load(args.shards)
-    with terminal.progress("verifying", total=args.sample * catalog.num_samples, unit="images") as advance:
-        report = verify_shards(
-            catalog,
-            decode=args.decode,
-            sample=args.sample,
-            seed=args.seed,
-            num_workers=args.workers,
-            on_progress=advance,
-        )
+    with look_at(args.shards, staging=args.staging) as look:
+        total = args.sample * look.catalog.num_samples
+        with terminal.progress("verifying", total=total, unit="images") as advance:
+            report = verify_shards(
+                look.catalog,
+                decode=args.decode,
+                sample=args.sample,
+                seed=args.seed,
+                num_workers=args.workers,
+                url=look.url,
+                on_progress=advance,
+            )
     seconds = time.perf_counter() - started
     if args.json:
         done = {"repaired": repaired.to_json()} if repaired else {}
@@ -163,22 +173,31 @@ def main_verify(argv: list[str]) -> int:
 
 
 def _repair(args: VerifyArgs) -> RepairReport:
+    from linerate.shards.remote_url import is_url
     from linerate.shards.repair import repair_shards
 
+    if is_url(args.shards):
+        raise UserError(
+            f"--repair mends shards in a folder, not {args.shards}; copy them to a disk, repair them there, "
+            f"and copy .idx, .parquet and, last, catalog.json back"
+        )
     with terminal.progress("repairing", total=None, unit="images") as advance:
-        return repair_shards(args.shards, decode=args.decode, num_workers=args.workers, on_progress=advance)
+        return repair_shards(
+            Path(args.shards), decode=args.decode, num_workers=args.workers, on_progress=advance
+        )
 
 
 def main_inspect(argv: list[str]) -> int:
     args = terminal.parse_args(InspectArgs, argv, prog="linerate shard inspect")
-    from linerate.shards.catalog import Catalog
+    from linerate.shards.look_there import look_at
     from linerate.shards.overview import summarize
     from linerate.shards.show_overview import print_overview
 
-    catalog = Catalog.load(args.shards)
-    if args.sql is not None:
-        return _answer(catalog, args.sql, args)
-    overview = summarize(catalog)
+    with look_at(args.shards, staging=args.staging) as look:
+        look.bring_indexes()
+        if args.sql is not None:
+            return _answer(look.catalog, args.sql, args)
+        overview = dataclasses.replace(summarize(look.catalog), root=look.place)
     if args.json:
         terminal.emit_json(overview.to_json())
     else:
@@ -202,13 +221,17 @@ def _answer(catalog: Catalog, query: str, args: InspectArgs) -> int:
 
 def main_preview(argv: list[str]) -> int:
     args = terminal.parse_args(PreviewArgs, argv, prog="linerate shard preview")
-    from linerate.shards.catalog import Catalog
+    from linerate.shards.look_there import look_at
 
     if args.out is None and args.html is None:
         raise UserError("nothing to write: give --out sheet.png, --html page.html, or both")
-    catalog = Catalog.load(args.shards)
-    sheet = _write_sheet(catalog, args.out, args) if args.out else {}
-    page = _write_page(catalog, args.html, args) if args.html else None
+    if args.source and args.html is None:
+        raise UserError("--source is where the rejects of a page lie; give --html page.html, or leave it out")
+    with look_at(args.shards, staging=args.staging) as look:
+        sheet = _write_sheet(look.catalog, args.out, args) if args.out else {}
+        if args.html:
+            look.bring_indexes()
+        page = _write_page(look.catalog, args.html, args) if args.html else None
     if args.json:
         terminal.emit_json({**sheet, **({"html": page} if page else {})})
     return 0
@@ -237,10 +260,13 @@ def _write_page(catalog: Catalog, out: Path, args: PreviewArgs) -> dict[str, Any
             per_group=args.per,
             num_groups=args.groups,
             seed=args.seed,
+            source=args.source,
             on_cells=advance,
         )
     if not args.json:
         broken = f", {report.num_broken} of them do not decode" if report.num_broken else ""
+        if report.num_rejects_drawn:
+            broken += f", {report.num_rejects_drawn} rejects"
         Console().print(
             f"{report.out}: {report.num:,} images in {len(report.groups)} of {report.num_groups:,} groups"
             f"{broken}, {show_bytes(report.num_bytes)}",

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from linerate.shards.errors import UserError
+from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.manifest_sql import (
     FILE_COLUMN,
     INTEGERS,
@@ -18,6 +19,7 @@ from linerate.shards.manifest_sql import (
     column_sql,
     container_sql,
     extra_sql,
+    from_url_sql,
     good_sql,
     list_as_tags,
     literal,
@@ -29,11 +31,11 @@ from linerate.shards.manifest_sql import (
     text_as_tags,
 )
 from linerate.shards.options import ManifestColumns
-from linerate.shards.scan import Listing, RejectWriter, mixed_labels
+from linerate.shards.remote_url import show_url
+from linerate.shards.scan import MAX_CLASSES, Listing, RejectWriter, mixed_labels
 from linerate.shards.sources import Source, open_source
 
 MANIFEST_NAME = "manifest.parquet"
-MAX_CLASSES = 1_000_000
 
 _PARQUET = (".parquet", ".parq", ".pq")
 _TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -49,8 +51,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def open_any_source(paths: Sequence[Path | str], *, columns: ManifestColumns) -> Source | ManifestSource:
-    """The source that these paths make: manifests with these columns, or open_source's."""
+def open_any_source(
+    paths: Sequence[Path | str], *, columns: ManifestColumns, fetch: FetchOptions | None = None
+) -> Source | ManifestSource:
+    """The source that these paths make: manifests with these columns, or open_source's.
+
+    Of URLs only names are known then: bring_source fetches what it takes to list them.
+    """
+    from linerate.shards.remote_source import any_urls, open_urls
+
+    if any_urls(paths):
+        return open_urls([str(path) for path in paths], columns, fetch or FetchOptions())
     files = find_manifests(paths)
     return ManifestSource(files, columns) if files else open_source(paths)
 
@@ -72,11 +83,11 @@ def find_manifests(paths: Sequence[Path | str]) -> list[Path]:
 
 def _manifests_at(path: Path) -> list[Path]:
     if path.is_file():
-        return [path] if _kind(path) else []
+        return [path] if manifest_kind(path) else []
     if path.is_dir():
         return _in_folder(path)
     if any(sign in path.name for sign in "*?[") and path.parent.is_dir():
-        return sorted(one for one in path.parent.glob(path.name) if one.is_file() and _kind(one))
+        return sorted(one for one in path.parent.glob(path.name) if one.is_file() and manifest_kind(one))
     return []
 
 
@@ -87,9 +98,9 @@ def _in_folder(folder: Path) -> list[Path]:
     return [] if others else found
 
 
-def _kind(path: Path) -> str | None:
+def manifest_kind(path: Path | str) -> str | None:
     """`parquet`, `csv`, `tsv` or `json` by the name; None where it is no manifest."""
-    name = path.name.lower()
+    name = str(path).lower()
     if name.endswith(_PARQUET):
         return "parquet"
     for suffix in _TEXT:
@@ -104,11 +115,13 @@ class ManifestSource:
 
     files: Sequence[Path]
     columns: ManifestColumns = field(default_factory=ManifestColumns)
+    urls: Sequence[str] = ()
+    """Where the manifests lie that `files` are copies of; there are no files yet until they are fetched."""
 
     @property
-    def containers(self) -> list[Path]:
+    def containers(self) -> Sequence[Path | str]:
         """What is read to list the source; never written to."""
-        return list(self.files)
+        return [show_url(url) for url in self.urls] or list(self.files)
 
     def open_listing(self, db: Any, folder: Path, rejects: RejectWriter) -> Listing:
         """The manifests as SQL. Text is made Parquet in `folder` first: it is read three times.
@@ -117,7 +130,7 @@ class ManifestSource:
         """
         if strange := [path for path in self.files if any(sign in os.fspath(path) for sign in "*?[")]:
             raise UserError(f"the name of {strange[0]} is a pattern to DuckDB; rename what has *, ? or [")
-        kinds = {_kind(path) for path in self.files}
+        kinds = {manifest_kind(path.name) for path in self.files}
         if len(kinds) > 1:
             raise UserError(
                 f"the manifests are of several kinds ({', '.join(sorted(map(str, kinds)))}); pack them apart"
@@ -180,7 +193,10 @@ class _Columns:
 
     def __init__(self, db: Any, table: str, source: ManifestSource) -> None:
         self.db, self.table = db, table
-        self.where_from = ", ".join(os.fspath(path) for path in source.files[:3])
+        self.urls = dict(
+            zip([os.fspath(path.absolute()) for path in source.files], source.urls, strict=False)
+        )
+        self.where_from = ", ".join(os.fspath(path) for path in source.containers[:3])
         described = db.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()
         self.types: dict[str, str] = {name: kind for name, kind, *_ in described if name != FILE_COLUMN}
         path = self._find("path", source.columns.path_column)
@@ -220,8 +236,10 @@ class _Columns:
 
     def listing(self, folders: list[str], rejects: RejectWriter) -> Listing:
         """The table as the plan takes it; its rows that cannot be samples go to `rejects`."""
-        path = f"{quoted(self.path)}::VARCHAR"
-        key = f"{quoted(self.key)}::VARCHAR" if self.key else path
+        stated = path = f"{quoted(self.path)}::VARCHAR"
+        if self.urls:
+            path = from_url_sql(stated, self.urls, folders)
+        key = f"{quoted(self.key)}::VARCHAR" if self.key else stated
         size = quoted(self.size) if self.size else None
         survey = self._survey(path, key, size)
         if survey.num_bad:
@@ -245,7 +263,7 @@ class _Columns:
             fields["container"] = container_sql(path, folders)
         else:
             after["container"] = "2::INTEGER"
-        if self.key:
+        if key != path:
             fields["path"] = path
             after["path"] = path_sql("path")
         fields |= {name: column_sql(quoted(column), kind) for name, (column, kind) in metadata.items()}

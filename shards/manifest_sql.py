@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from linerate.shards.scan import SCAN_SCHEMA
 from linerate.shards.sources import MAX_SAMPLE_BYTES
 
@@ -82,6 +85,23 @@ def container_sql(path: str, folders: list[str]) -> str:
     return (
         f"(CASE WHEN contains({path}, '://') THEN 0 WHEN starts_with({path}, '/') THEN 1 "
         f"ELSE {_folder_sql(folders)} END)::INTEGER"
+    )
+
+
+def from_url_sql(path: str, urls: Mapping[str, str], folders: list[str]) -> str:
+    """SQL of a path as one in a manifest at a URL means it: relative to that URL.
+
+    urls: where the files were fetched from, by their names here. A path that begins with a slash would be
+    one of this machine, which a manifest from elsewhere must not name: it becomes what good_sql refuses.
+    """
+    bases = {
+        name.rpartition("/")[0]: re.split(r"[?#]", url)[0].rpartition("/")[0] for name, url in urls.items()
+    }
+    listed = ", ".join(literal(f"{bases[folder]}/") for folder in folders)
+    base = f"list_extract([{listed}], {_folder_sql(folders)} - 1)"
+    return (
+        f"(CASE WHEN contains({path}, '://') THEN {path} WHEN starts_with({path}, '/') "
+        f"THEN 'file://' || {path} ELSE {base} || {path} END)"
     )
 
 

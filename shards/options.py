@@ -137,7 +137,10 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestColumns:
-    """What the columns of a manifest (Parquet, CSV, TSV, JSON lines) mean; the others are metadata."""
+    """What the columns of a manifest (Parquet, CSV, TSV, JSON lines) mean; the others are metadata.
+
+    Of tars only the label: a field of the .json beside each image.
+    """
 
     path_column: str | None = None
     """Of a manifest: its column of paths or URLs; by default the one named path, file, file_name, filename,
@@ -145,7 +148,8 @@ class ManifestColumns:
     key_column: str | None = None
     """Its column of unique names; by default the paths are."""
     label_column: str | None = None
-    """Its column of class names or numbers; by default label, class, cls or target."""
+    """Its column of class names or numbers; by default label, class, cls or target. Of tars: the field of the
+    images' .json that holds them; an image without one has no class, whatever its folder or .cls says."""
     size_column: str | None = None
     """Its column of image bytes; by default size, bytes or file_size."""
     tag_column: str | None = None

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import filterfalse
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 
 WORK_NAME = ".pack"
+TARS_NAME = "tars"
 # What flock says in some network folders.
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 # What may lie in a folder whose catalog.json was lost.
@@ -29,10 +30,10 @@ def is_ours(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def claim_folder(out: Path, *, sources: list[Path]) -> bool:
+def claim_folder(out: Path, *, sources: Sequence[Path | str]) -> bool:
     """Make `out` where it is missing (returns True), refuse it where it holds something else."""
     for source in sources:
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"OUT {out} lies inside the source {source}; give a folder beside it")
     if out.exists() and not out.is_dir():
         raise UserError(
@@ -114,10 +115,15 @@ def remove_marks(stems: Iterable[Path], out: Path) -> None:
     remove_work(out)
 
 
+def _brought_parts(out: Path) -> Iterator[Path]:
+    return (out / WORK_NAME / TARS_NAME).glob("[0-9]*/[0-9]*")
+
+
 def tidy_folder(out: Path, *, made: bool) -> None:
     """Leave nothing behind that the next run does not need. Call it with the lock held."""
     remove_stale(out)
-    if not (out / WORK_NAME / PLAN_HEADER_NAME).exists():
+    # Remote tars that were read whole need not be read again, also for another plan.
+    if not (out / WORK_NAME / PLAN_HEADER_NAME).exists() and not any(_brought_parts(out)):
         remove_work(out)
         if made and not any(out.iterdir()):
             out.rmdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linerate.shards.append import Base, NothingNewError, open_base, refuse_appended
+from linerate.shards.bucket import Bucket
 from linerate.shards.catalog import CATALOG_NAME, Catalog
 from linerate.shards.dedup import drop_equal_images
 from linerate.shards.engines import LOCAL, Engine, StoppedError, choose_num_workers, run_tasks
@@ -20,6 +21,7 @@ from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
 from linerate.shards.finish import finish
 from linerate.shards.imagenet import LabelledSource, load_ground_truth
+from linerate.shards.label_field import FieldLabelledSource
 from linerate.shards.manifest import ManifestSource, open_any_source
 from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.out_folder import (
@@ -35,6 +37,7 @@ from linerate.shards.pack_shard import ShardMark, ShardTask, load_mark, load_pla
 from linerate.shards.plan import DEFAULT_MEMORY, Plan, load_options, make_plan
 from linerate.shards.plan import HEADER_NAME as PLAN_HEADER_NAME
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
+from linerate.shards.remote_tars import bring_source, is_unread
 from linerate.shards.shard_stats import ShardStats, StatsLog
 from linerate.shards.sources import Source
 from linerate.shards.spill import Spill, prepare_tasks, spilled_bytes
@@ -42,7 +45,9 @@ from linerate.shards.upload import is_remote, load_marks_there, pack_through, pu
 from linerate.shards.worker import TaskFailure
 
 Progress = Callable[[str, float], None]
-"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since)."""
+"""Called with ("list", rows listed since), ("plan", samples to do), ("pack", samples done since); before
+these, where the source lies at URLs, with ("to fetch", bytes in all) and ("fetch", bytes since); and with
+("known", samples) where an append finds nothing new."""
 
 
 def pack(
@@ -61,7 +66,8 @@ def pack(
 ) -> Catalog:
     """The catalog of `out`, which holds every acceptable image of `source` when this returns.
 
-    source: a folder of images (class folders become labels), one or several tars of one, or manifests.
+    source: a folder of images (class folders become labels), one or several tars of one, or manifests; tars
+    and manifests may be URLs, and s3:// or gs:// prefixes and patterns of them.
     ground_truth: a file that says the classes of images that no folder tells, see imagenet.py.
     The same call again continues where a killed one stopped, and is quick when nothing is left to do.
     num_workers: processes, by default one per core, or none for little work; 0 works in this one. It never
@@ -84,21 +90,29 @@ def pack(
         fetch=fetch or FetchOptions(),
         on_progress=on_progress,
     )
-    opened = open_labelled(paths, options, ground_truth=ground_truth)
+    opened = open_labelled(paths, options, ground_truth=ground_truth, fetch=fetch)
     return pack_source(opened, out, options=options, effort=effort, append=append, staging=staging)
 
 
 def open_labelled(
-    paths: Sequence[Path | str], options: PackOptions, *, ground_truth: Path | None = None
+    paths: Sequence[Path | str],
+    options: PackOptions,
+    *,
+    ground_truth: Path | None = None,
+    fetch: FetchOptions | None = None,
 ) -> Source | ManifestSource:
-    """The source that these paths make, with the classes of a ground truth where one is given."""
-    opened = open_any_source(paths, columns=options.manifest_columns)
+    """The source that these paths make, with the classes of a ground truth or a field where one is given."""
+    opened = open_any_source(paths, columns=options.manifest_columns, fetch=fetch)
     if ground_truth is None:
-        return opened
+        if options.label_column is None or isinstance(opened, ManifestSource):
+            return opened
+        return FieldLabelledSource(opened, options.label_column)
     if isinstance(opened, ManifestSource):
         raise UserError(
             "--ground-truth labels folders and tars; a manifest has a column for it: --label-column"
         )
+    if options.label_column is not None:
+        raise UserError("--ground-truth and --label-column both tell the classes; give one of them")
     return LabelledSource(opened, load_ground_truth(ground_truth))
 
 
@@ -128,21 +142,16 @@ def pack_source(
     options, effort = options or PackOptions(), effort or Effort()
     if not is_remote(out):
         return _pack_folder(opened, Path(out), options, effort, append=append)
-    if append:
-        raise UserError(
-            f"--append adds to shards in a folder, OUT is {out}; copy them to a disk, append there, and copy "
-            f"the new files back, catalog.json last"
-        )
-
     if effort.engine.kind == "ray" and staging is None:
         raise UserError(
             f"--engine ray with OUT {out} needs --staging: a folder that all nodes share, at the same place"
         )
 
     def pack_into(folder: Path, url: str) -> Catalog:
-        return _pack_folder(opened, folder, options, dataclasses.replace(effort, upload_to=url), append=False)
+        there = dataclasses.replace(effort, upload_to=url)
+        return _pack_folder(opened, folder, options, there, append=append)
 
-    return pack_through(str(out), staging, pack_into)
+    return pack_through(str(out), staging, pack_into, with_marks=append)
 
 
 def _pack_folder(
@@ -152,7 +161,8 @@ def _pack_folder(
     with lock_folder(out):
         try:
             return _pack_locked(opened, out, options, effort, append=append)
-        except NothingNewError:
+        except NothingNewError as nothing:
+            effort.on_progress("known", nothing.num_known)
             remove_work(out)
             return Catalog.load(out)
         finally:
@@ -170,6 +180,8 @@ def _pack_locked(
         remove_work(out)
         return Catalog.load(out)
     log = StatsLog(out / WORK_NAME / "stats.jsonl")
+    if effort.upload_to:
+        publish_plan(Bucket(effort.upload_to), out)
     pack_missing(out, plan, tasks, marks, options=options, effort=effort, log=log)
     return finish(out, plan, tasks, marks, asdict(options), base)
 
@@ -234,9 +246,7 @@ def pack_missing(
     # Of what is known: a guess at sizes that only fetching tells must not refuse a disk that may do.
     jpeg_bytes = options.expected_bytes(samples=plan.num_samples, total_bytes=plan.known_bytes)
     num_bytes = (jpeg_bytes + 1024 * plan.num_samples) * len(todo) // plan.num_shards
-    if effort.upload_to:
-        publish_plan(effort.upload_to, out)
-    else:
+    if not effort.upload_to:
         require_space(out, num_bytes=num_bytes - spilled_bytes(plan))
 
     spill = Spill(plan.folder)
@@ -303,6 +313,16 @@ def _plan(
     """A plan of the source as it is now; refused when it is not the one that OUT was begun with."""
     work = out / WORK_NAME
     before = _plan_before(out, base)
+    if not base and is_unread(source) and _is_finished(out, effort):
+        raise NothingNewError  # to compare its tars would take to read them again
+    source = bring_source(
+        source,
+        work,
+        seed=options.seed,
+        num_workers=effort.num_workers,
+        options=effort.fetch,
+        on_progress=effort.on_progress,
+    )
     fresh = work / "new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -322,9 +342,11 @@ def _plan(
         if stored := _deduplicated_before(plan, out, base, effort):
             shutil.rmtree(fresh)
             return stored
-        plan = drop_equal_images(
+        listed = plan
+        plan, equal = drop_equal_images(
             plan,
             work / "hashes",
+            known=base.indexes if base else (),
             sizing=options.sizing,
             num_workers=effort.num_workers,
             engine=effort.engine,
@@ -333,6 +355,10 @@ def _plan(
             fetch=effort.fetch,
             on_progress=lambda images: effort.on_progress("list", images),
         )
+        if base:
+            base.note(plan, num_known_bytes=equal.num_known, num_incomparable=equal.num_incomparable)
+            if not plan.num_samples:
+                raise NothingNewError(listed.num_samples)
     if before is not None and before[0] != plan.plan_id:
         raise UserError(
             f"the source is not the one that OUT {out} was begun with ({before[1]} samples then, "
@@ -356,15 +382,26 @@ def _deduplicated_before(plan: Plan, out: Path, base: Base | None, effort: Effor
         stored = Plan.load(work)
         whole = all(rows_path(work, shard).exists() for shard in range(0, stored.num_shards, SHARDS_PER_FILE))
         return stored if whole and stored.listed_id == plan.plan_id else None
-    if base or effort.upload_to or not (out / CATALOG_NAME).exists():
+    if base or effort.upload_to or not _is_finished(out, effort):
         return None
-    catalog = Catalog.load(out)
-    tars = zip(catalog.files, catalog.shard_bytes.tolist(), strict=True)
-    if catalog.listed_id == plan.plan_id and all(
-        (out / name).exists() and (out / name).stat().st_size == size for name, size in tars
-    ):
+    if Catalog.load(out).listed_id == plan.plan_id:
         raise NothingNewError
     return None
+
+
+def _is_finished(out: Path, effort: Effort) -> bool:
+    """Is there a catalog, no plan, and every tar of the right size?"""
+    if not (out / CATALOG_NAME).exists() or (out / WORK_NAME / PLAN_HEADER_NAME).exists():
+        return False
+    catalog = Catalog.load(out)
+    if effort.upload_to:
+        sizes = Bucket(effort.upload_to).sizes()
+    else:
+        sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
+    return all(
+        sizes.get(name) == size
+        for name, size in zip(catalog.files, catalog.shard_bytes.tolist(), strict=True)
+    )
 
 
 def _plan_before(out: Path, base: Base | None) -> tuple[str, int | str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,7 @@ from linerate.shards.scan import (
     scan_rows,
     with_final_labels,
 )
-from linerate.shards.sources import Source
+from linerate.shards.sources import Source, container_name
 
 __all__ = ["REJECTS_NAME", "REJECT_SCHEMA", "Plan", "load_options", "make_plan", "shard_bounds"]
 
@@ -97,7 +96,7 @@ class Plan:
 
 def absolute_paths(source: Source | ManifestSource) -> list[str]:
     """What is read to list a source, as Plan.sources has it."""
-    return [os.fspath(Path(path).absolute()) for path in source.containers]
+    return [container_name(path) for path in source.containers]
 
 
 def load_options(folder: Path) -> dict[str, Any]:

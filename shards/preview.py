@@ -74,7 +74,7 @@ def _load_cells(
     shards = np.searchsorted(catalog.starts, positions, side="right") - 1
     for shard in np.unique(shards):
         index = catalog.shard_index(int(shard))
-        with catalog.shard_path(int(shard)).open("rb") as tar:
+        with catalog.open_tar(int(shard)) as tar:
             for row in positions[shards == shard] - catalog.starts[shard]:
                 tar.seek(int(index.offset[row]))
                 jpeg = tar.read(int(index.size[row]))

@@ -91,11 +91,13 @@ def _connected(ray: Any, address: str, num_workers: int | None) -> Iterator[None
                     object_store_memory=100_000_000,  # nothing of size goes through it
                     **quiet,
                 )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
+        # Ray gives a token unasked to no address but `auto`; without it all that it says is "failed".
+        token = "" if os.environ.get("RAY_AUTH_MODE") else ", RAY_AUTH_MODE=token where it asks for a token"
         raise UserError(
             f"{where} cannot be reached or started ({_first_line(error)}); check --ray-address and that the "
-            f"cluster runs the same versions of Ray and Python, or leave --engine out"
+            f"cluster runs the same versions of Ray and Python{token}, or leave --engine out"
         ) from None
     try:
         yield
@@ -202,8 +204,10 @@ class _Run:
         if isinstance(payload, str) and kind == "failed":
             payload = TaskFailure("UserError", payload)
         if kind == "done":
+            result, amount = payload
             self.failures.pop(attempt.index, None)
-            self.on_done(attempt.index, payload)
+            self.on_progress(amount - attempt.reported)
+            self.on_done(attempt.index, result)
             return
         self.on_progress(-attempt.reported)
         self.failures[attempt.index] = payload
@@ -274,12 +278,12 @@ def _remote_parts(ray: Any) -> tuple[Callable[..., Any], Any]:
 def run_attempt(
     function: str, place: tuple[int, int], task: bytes, counter: Any, version: str
 ) -> tuple[str, Any]:
-    """One attempt in a worker process of Ray: ("done", result) or ("failed", TaskFailure)."""
-    ray: Any = importlib.import_module("ray")
-    pending, sent_at = 0, time.monotonic()
+    """One attempt in a worker of Ray: ("done", (result, all it reported)) or ("failed", TaskFailure)."""
+    total, pending, sent_at = 0, 0, time.monotonic()
 
     def report(amount: int) -> None:
-        nonlocal pending, sent_at
+        nonlocal total, pending, sent_at
+        total += amount
         pending += amount
         if time.monotonic() - sent_at >= POLL_S:
             counter.add.remote(place, pending)
@@ -295,9 +299,7 @@ def run_attempt(
         result = result() if callable(result) else result
     except Exception as error:
         return "failed", describe(error)
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(counter.add.remote(place, pending))
-    return "done", result
+    return "done", (result, total)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
+import re
 import socket
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import Any, cast
 from urllib.parse import urljoin
@@ -48,6 +51,16 @@ class RetryError(Exception):
         self.pause_s = pause_s
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the head of an answer tells of the whole file."""
+
+    total: int | None
+    """Its bytes; None where the server does not say."""
+    version: str
+    """Its ETag or the time of its last change; empty where the server tells neither."""
+
+
 class HttpClient:
     """The connections of one thread, kept open between images. Close it when the thread ends."""
 
@@ -76,6 +89,54 @@ class HttpClient:
                 return
             url = _redirected(url, target)
         raise RejectedError("redirected", f"more than {MAX_REDIRECTS} times")
+
+    def ask(self, url: Url) -> Answer:
+        """What lies there, told by one byte of it: HEAD is refused by signed URLs. Errors: as `get`."""
+        with contextlib.closing(self.stream(url, 0, end=1)) as chunks:
+            answer = next(chunks)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def stream(self, url: Url, start: int, *, end: int | None = None) -> Generator[Answer | bytes]:
+        """First what the answer tells of the file, then its bytes from `start` on, in chunks.
+
+        A server that knows no ranges sends what lies before `start` too; that is dropped here. There is no
+        limit to the whole time, only to the time in which nothing comes. Errors: as `get`.
+        """
+        if start == 0 and end is None:
+            wanted = []
+        else:
+            wanted = [f"Range: bytes={start}-{'' if end is None else end - 1}"]
+        first = url
+        for _ in range(1 + MAX_REDIRECTS):
+            userinfo = first.userinfo if url is first else None
+            connection, response = self._answer(url, _request(url, userinfo, wanted), math.inf)
+            try:
+                if response.status in _REDIRECTS and (target := response.headers.get("Location")):
+                    url = _redirected(url, target)
+                    continue
+                answer, skipped = _judge_range(response, start)
+                yield answer
+                yield from self._body_chunks(response, skipped)
+                return
+            except HTTPException as error:
+                raise RetryError("cut short", type(error).__name__) from None
+            except TimeoutError:
+                raise RetryError("timed out") from None
+            except OSError as error:
+                raise RetryError("connection lost", error.strerror or type(error).__name__) from None
+            finally:
+                response.close()
+                self._put_back(url.origin, connection, keep=False)
+        raise RejectedError("redirected", f"more than {MAX_REDIRECTS} times")
+
+    def _body_chunks(self, response: HTTPResponse, skipped: int) -> Iterator[bytes]:
+        while num := response.readinto(self._chunk):
+            if skipped < num:
+                yield bytes(self._chunk[skipped:num])
+            skipped = max(0, skipped - num)
+        if response.length:
+            raise RetryError("cut short", f"{response.length} bytes are missing")
 
     def abort(self) -> None:
         """End what is under way, from another thread; it and all that follows fail with RetryError."""
@@ -262,18 +323,35 @@ class _Stream(io.RawIOBase):
         return self._connection.read_into(view)
 
 
-def _request(url: Url, userinfo: tuple[str, str] | None) -> bytes:
+def _request(url: Url, userinfo: tuple[str, str] | None, more: Sequence[str] = ()) -> bytes:
     lines = [
         f"GET {url.target} HTTP/1.1",
         f"Host: {url.authority}",
         "User-Agent: linerate (image fetcher)",
         "Accept: image/*, */*;q=0.5",
         "Accept-Encoding: identity",
+        *more,
     ]
     if userinfo is not None:
         secret = base64.b64encode(":".join(userinfo).encode()).decode()
         lines.append(f"Authorization: Basic {secret}")
     return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def _judge_range(response: HTTPResponse, start: int) -> tuple[Answer, int]:
+    """(what the answer tells of the file, how many of its bytes come before `start`)."""
+    headers = response.headers
+    version = str(headers.get("ETag") or headers.get("Last-Modified") or "")
+    if response.status == 200:
+        return Answer(response.length, version), start
+    if response.status == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", str(headers.get("Content-Range", "")))
+        if found and int(found[1]) <= start:
+            return Answer(int(found[2]), version), start - int(found[1])
+        raise RejectedError("unreachable", "HTTP 206 without a Content-Range of what was asked for")
+    if response.status == 416:
+        raise RejectedError("no bytes", "the file is empty, or shorter than before (HTTP 416)")
+    raise _judged(response.status, headers.get("Retry-After", ""))
 
 
 def _redirected(url: Url, target: str) -> Url:

@@ -67,6 +67,29 @@ class StoreClient:
         grow(len(data))
         body += data
 
+    def ask(self, url: Url) -> tuple[int, str]:
+        """(bytes, version) of an object. Errors: as HttpClient.get."""
+        store = self._open(url.scheme)
+        info = self._call(store, store._info, f"{url.host}/{url.target}")
+        if info.get("type") == "directory":
+            raise RejectedError("not found", "no such object")
+        version = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated")
+        return int(info["size"]), str(version or "")
+
+    def read_range(self, url: Url, start: int, end: int) -> bytes:
+        """Bytes start..end-1 of an object that has them, at least one. Errors: as HttpClient.get."""
+        store = self._open(url.scheme)
+        data = bytes(self._call(store, store._cat_file, f"{url.host}/{url.target}", start=start, end=end))
+        if not 0 < len(data) <= end - start:
+            raise RetryError("cut short", f"{len(data)} of {end - start} bytes")
+        return data
+
+    def list_prefix(self, url: Url) -> dict[str, int]:
+        """Bytes of every object below a prefix, by its URL. Errors: as HttpClient.get."""
+        store = self._open(url.scheme)
+        found = self._call(store, store._find, f"{url.host}/{url.target}".rstrip("/"), detail=True)
+        return {f"{url.scheme}://{name}": int(info["size"]) for name, info in found.items()}
+
     def _open(self, scheme: str) -> Any:
         with self._opening:
             if scheme not in self._stores:

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 
 from linerate.shards.errors import UserError
 from linerate.shards.remote_url import without_userinfo
-from linerate.shards.sources import Source, SourceReject, SourceRow
+from linerate.shards.sources import Source, SourceReject, SourceRow, container_name
 
 SCAN_NAME = "scan.parquet"
 REJECTS_NAME = "source_rejects.parquet"
 BATCH_ROWS = 65_536
+# Their names are held in memory and stand in catalog.json.
+MAX_CLASSES = 1_000_000
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -125,9 +127,11 @@ def scan_rows(
             highest = max(highest, item.label)
             rows.append(_scan_row(item, found))
             if len(rows) == BATCH_ROWS:
+                _require_classes(source, highest + 1, len(found))
                 write_rows(writer, SCAN_SCHEMA, rows)
                 on_rows(BATCH_ROWS)
                 rows = []
+        _require_classes(source, highest + 1, len(found))
         write_rows(writer, SCAN_SCHEMA, rows)
         rejects.add(bad)
         on_rows(len(rows))
@@ -144,7 +148,7 @@ def scan_rows(
     )
     listing = Listing(
         relation="",  # of scan.parquet and the classes, see plan_query.open_scan
-        containers=[os.fspath(Path(path).absolute()) for path in source.containers],
+        containers=[container_name(path) for path in source.containers],
         class_names=class_names,
         numbered=not found,
         num_rows=num_rows,
@@ -154,6 +158,15 @@ def scan_rows(
         where_from=", ".join(os.fspath(path) for path in source.containers[:3]),
     )
     return listing, classes
+
+
+def _require_classes(source: Source, *counts: int) -> None:
+    """Raise UserError where classes, by number or by name, are too many."""
+    if max(counts) > MAX_CLASSES:
+        raise UserError(
+            f"{', '.join(os.fspath(path) for path in source.containers[:3])} has {max(counts):,} classes; at "
+            f"most {MAX_CLASSES:,} are taken, numbered from 0: give a source that has fewer, or no labels"
+        )
 
 
 def with_final_labels(table: Any, classes: Any) -> Any:

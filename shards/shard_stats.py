@@ -21,10 +21,13 @@ import pyarrow.parquet as pq
 
 from linerate.shards import pack_shard
 from linerate.shards.pack_shard import ShardMark, ShardTask
+from linerate.shards.plan import Plan
 from linerate.shards.plan_rows import SHARDS_PER_FILE, rows_path
+from linerate.shards.remote_url import without_userinfo
 from linerate.shards.worker import TaskFailure
 
 STATS_NAME = "pack_stats.parquet"
+_SOURCES_KEY = b"linerate sources"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +139,22 @@ def write_stats(out: Path, work: Path) -> None:
             rows[stats.shard] = asdict(stats)
     if not rows:
         return
+    sources = load_sources(out)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        now = [without_userinfo(path) for path in Plan.load(work).sources]
+        sources = [*(one for one in sources if one != now), now]
+    table = pa.Table.from_pylist([rows[shard] for shard in sorted(rows)], schema=SCHEMA)
     temp = out / f".{STATS_NAME}.tmp"
-    pq.write_table(pa.Table.from_pylist([rows[shard] for shard in sorted(rows)], schema=SCHEMA), temp)
+    pq.write_table(table.replace_schema_metadata({_SOURCES_KEY: json.dumps(sources)}), temp)
     temp.replace(out / STATS_NAME)
+
+
+def load_sources(out: Path) -> list[list[str]]:
+    """What each `pack` into OUT was given to read, absolute, the last one last; empty where nothing says."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        stored = json.loads((pq.read_schema(out / STATS_NAME).metadata or {})[_SOURCES_KEY])
+        return [[str(path) for path in paths] for paths in stored]
+    return []
 
 
 def load_stats(out: Path) -> list[ShardStats]:

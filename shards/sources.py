@@ -61,13 +61,21 @@ class Source(Protocol):
     """A set of samples that can be listed, twice with the same result while nobody changes it."""
 
     @property
-    def containers(self) -> list[Path]:
-        """What SourceRow.container counts: folders that hold files, and tars that are read in place."""
+    def containers(self) -> Sequence[Path | str]:
+        """What SourceRow.container counts: folders that hold files, and tars that are read in place.
+
+        A text is the URL of a tar.
+        """
         ...
 
     def rows(self) -> Iterator[SourceRow | SourceReject]:
         """List every sample, and everything that is none, in a fixed order."""
         ...
+
+
+def container_name(container: Path | str) -> str:
+    """Its absolute path, or its URL as it is."""
+    return container if isinstance(container, str) else os.fspath(container.absolute())
 
 
 @dataclass(frozen=True)

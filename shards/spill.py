@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ import pyarrow as pa
 
 from linerate.shards.engines import run_tasks
 from linerate.shards.errors import UserError, show_bytes
+from linerate.shards.out_folder import TARS_NAME
 from linerate.shards.plan import Plan
+from linerate.shards.remote_tars import TarBuckets, find_in_tars
 from linerate.shards.spill_layout import (
     LAYOUT_NAME,
     SPILL_NAME,
@@ -52,8 +54,12 @@ class Spill:
 
     folder: Path
     bucket_of: dict[int, int] = field(default_factory=dict)  # shards that are not whole yet
+    tars: TarBuckets | None = None
+    """Those of tars at URLs."""
 
     def shard_is_whole(self, shard: int) -> None:
+        if self.tars:
+            self.tars.shard_is_whole(shard)
         bucket = self.bucket_of.pop(shard, None)
         if bucket is not None and bucket not in self.bucket_of.values():
             shutil.rmtree(self.folder / f"{bucket:04d}", ignore_errors=True)
@@ -77,7 +83,7 @@ def prepare_tasks(
         shutil.rmtree(folder, ignore_errors=True)
         if layout:
             _read_whole(plan, layout, on_progress)
-        return Spill(folder)
+        return Spill(folder, tars=TarBuckets(plan, shards))
     if Layout.load(plan) != layout:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -128,35 +134,42 @@ def _read_whole(plan: Plan, layout: Layout, on_progress: Callable[[str, float], 
 
 def spilled_bytes(plan: Plan) -> int:
     """Disk space that a spill takes now and that packing will free."""
-    parts = (plan.folder / SPILL_NAME).glob("[0-9]*/[0-9]*")
-    return sum(part.stat().st_size for part in parts)
+    folders = (plan.folder / name for name in (SPILL_NAME, TARS_NAME))
+    return sum(part.stat().st_size for folder in folders for part in folder.glob("[0-9]*/[0-9]*"))
 
 
 def spilled_rows(plan: Plan, rows: Any, shard: int) -> tuple[Any, list[str]]:
     """(the rows of a shard, the containers that they count) with what was spilled read from there."""
-    layout = Layout.load(plan)
-    if layout is None:
-        return rows, plan.containers
-    first = plan.first_sample_id(shard)
     container, offset = (rows.column(name).to_numpy().copy() for name in ("container", "offset"))
     containers = list(plan.containers)
+    for part, places, offsets in (*_find_spilled(plan, shard, len(rows)), *find_in_tars(plan, rows)):
+        read_ahead(part, 0, part.stat().st_size)
+        container[places] = len(containers)
+        offset[places] = offsets
+        containers.append(os.fspath(part))
+    if len(containers) == len(plan.containers):
+        return rows, containers
+    for name, values in (("container", container), ("offset", offset)):
+        at = rows.schema.get_field_index(name)
+        rows = rows.set_column(at, rows.schema.field(name), pa.array(values))
+    return rows, containers
+
+
+def _find_spilled(plan: Plan, shard: int, num_rows: int) -> Iterator[tuple[Path, Any, Any]]:
+    """(part, rows of the shard that lie in it, their offsets there)."""
+    layout = Layout.load(plan)
+    if layout is None:
+        return
+    first = plan.first_sample_id(shard)
     bucket = layout.bucket_of(shard, plan.num_shards)
     for piece in range(layout.num_pieces):
         part = part_path(plan.folder / SPILL_NAME, bucket, piece)
         index = load_index(part)
         if index is None:
             continue
-        begin, end = np.searchsorted(index[:, 0], (first, first + len(rows)))
-        if begin == end:
-            continue
-        read_ahead(part, 0, part.stat().st_size)
-        container[index[begin:end, 0] - first] = len(containers)
-        offset[index[begin:end, 0] - first] = index[begin:end, 1]
-        containers.append(os.fspath(part))
-    for name, values in (("container", container), ("offset", offset)):
-        at = rows.schema.get_field_index(name)
-        rows = rows.set_column(at, rows.schema.field(name), pa.array(values))
-    return rows, containers
+        begin, end = np.searchsorted(index[:, 0], (first, first + num_rows))
+        if begin < end:
+            yield part, index[begin:end, 0] - first, index[begin:end, 1]
 
 
 def _missing(plan: Plan, folder: Path, piece: int, buckets: list[int]) -> SpillTask | None:

@@ -41,7 +41,7 @@ def run_task(task: SpillTask, report: Callable[[int], None]) -> Callable[[], Non
     with contextlib.ExitStack() as on_error:
         parts = {}
         for bucket in task.buckets:
-            parts[bucket] = _Part(part_path(folder, bucket, task.piece))
+            parts[bucket] = Part(part_path(folder, bucket, task.piece))
             on_error.callback(parts[bucket].discard)
         for block in _read_blocks(plan, rows):
             buckets = rows.bucket[block.rows]
@@ -52,10 +52,10 @@ def run_task(task: SpillTask, report: Callable[[int], None]) -> Callable[[], Non
                     part.append(rows.row[block.rows[chosen]], [block.views[i] for i in chosen.tolist()])
             report(len(block.rows))
         on_error.pop_all()
-    return lambda: _finish(list(parts.values()))
+    return lambda: finish_parts(list(parts.values()))
 
 
-def _finish(parts: list[_Part]) -> None:
+def finish_parts(parts: list[Part]) -> None:
     try:
         for part in parts:
             part.finish()
@@ -64,7 +64,7 @@ def _finish(parts: list[_Part]) -> None:
             part.discard()
 
 
-class _Part:
+class Part:
     """A part being written under a temporary name."""
 
     def __init__(self, path: Path) -> None:
@@ -82,6 +82,15 @@ class _Part:
         self._sizes.extend(map(len, views))
         for first in range(0, len(views), _MAX_VIEWS):
             self._write(views[first : first + _MAX_VIEWS])
+
+    def append_chunks(self, row: int, chunks: Iterator[memoryview]) -> None:
+        """One sample that comes in chunks."""
+        size = 0
+        for chunk in chunks:
+            self._write([chunk])
+            size += len(chunk)
+        self._rows.append([row])
+        self._sizes.append(size)
 
     def finish(self) -> None:
         """Write the index, sync, and take the name."""

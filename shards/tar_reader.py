@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from linerate.shards.errors import UserError
 
@@ -45,6 +46,22 @@ _KINDS = {
 }
 
 
+class Readable(Protocol):
+    """A tar's bytes, asked for from front to back."""
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset` on; less only at the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    fd: int
+
+    def pread(self, size: int, offset: int) -> bytes:
+        return os.pread(self.fd, size, offset)
+
+
 def read_members(tar: Path, *, within: Member | None = None) -> Iterator[Member | OtherMember]:
     """List what is in an uncompressed tar, in its order; `within` a member of it that is itself a tar.
 
@@ -52,39 +69,50 @@ def read_members(tar: Path, *, within: Member | None = None) -> Iterator[Member 
     damaged: where a header is wrong, nothing behind it is known.
     """
     with tar.open("rb") as file:
-        fd = file.fileno()
-        pos, end = (within.offset, within.offset + within.size) if within else (0, os.fstat(fd).st_size)
-        said = _Said()
-        while header := os.pread(fd, min(BLOCK, max(end - pos, 0)), pos):
-            if header.count(0) == BLOCK:
-                return
-            kind = header[156:157]
-            size = _checked_size(tar, header, pos)
-            data = pos + BLOCK
-            if kind in b"LKxg" and kind:
-                if size > MAX_EXTENSION_BYTES:
-                    raise _damaged(tar, pos, f"{size} bytes of extended header")
-                extension = os.pread(fd, size, data)
-                if kind == b"L":
-                    said.name = extension.rstrip(b"\0")
-                elif kind == b"x":
-                    said = _pax(tar, extension, pos, said)
-                pos = data + _padded(size)
-                continue
-            size = size if said.size is None else said.size
-            name = (_ustar_name(header) if said.name is None else said.name).removeprefix(b"./")
-            if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
-                size = 0  # some writers state a link's target's size; no data follows
-            elif kind == b"S" and header[482]:
-                data = _behind_sparse_map(fd, data, end)
-            kind, said = (b"S" if said.sparse else kind), _Said()
-            if data + size > end:
-                raise _damaged(tar, pos, f"{name[:100]!r} should end at byte {data + size} of {end}")
-            if item := _member(name, kind, data, size):
-                yield item
+        yield from walk_members(
+            _OpenFile(file.fileno()), tar, size=os.fstat(file.fileno()).st_size, within=within
+        )
+
+
+def walk_members(
+    source: Readable, tar: Path | str, *, size: int, within: Member | None = None
+) -> Iterator[Member | OtherMember]:
+    """As read_members, of what `source` gives, `size` bytes in all; errors call it `tar`.
+
+    What a member holds is not asked for, and nothing is that lies before the member given last.
+    """
+    pos, end = (within.offset, within.offset + within.size) if within else (0, size)
+    said = _Said()
+    while header := source.pread(min(BLOCK, max(end - pos, 0)), pos):
+        if header.count(0) == BLOCK:
+            return
+        kind = header[156:157]
+        size = _checked_size(tar, header, pos)
+        data = pos + BLOCK
+        if kind in b"LKxg" and kind:
+            if size > MAX_EXTENSION_BYTES:
+                raise _damaged(tar, pos, f"{size} bytes of extended header")
+            extension = source.pread(size, data)
+            if kind == b"L":
+                said.name = extension.rstrip(b"\0")
+            elif kind == b"x":
+                said = _pax(tar, extension, pos, said)
             pos = data + _padded(size)
-        if pos != end:
-            raise _damaged(tar, pos, f"the {'inner tar' if within else 'file'} ends at byte {end}")
+            continue
+        size = size if said.size is None else said.size
+        name = (_ustar_name(header) if said.name is None else said.name).removeprefix(b"./")
+        if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
+            size = 0  # some writers state a link's target's size; no data follows
+        elif kind == b"S" and header[482]:
+            data = _behind_sparse_map(source, data, end)
+        kind, said = (b"S" if said.sparse else kind), _Said()
+        if data + size > end:
+            raise _damaged(tar, pos, f"{name[:100]!r} should end at byte {data + size} of {end}")
+        if item := _member(name, kind, data, size):
+            yield item
+        pos = data + _padded(size)
+    if pos != end:
+        raise _damaged(tar, pos, f"the {'inner tar' if within else 'file'} ends at byte {end}")
 
 
 @dataclass(slots=True)
@@ -108,11 +136,11 @@ def _member(name: bytes, kind: bytes, data: int, size: int) -> Member | OtherMem
     return OtherMember(name[:MAX_NAME_BYTES], _KINDS.get(kind, f"type {kind!r}"))
 
 
-def _behind_sparse_map(fd: int, pos: int, end: int) -> int:
+def _behind_sparse_map(source: Readable, pos: int, end: int) -> int:
     """Where the data of an old GNU sparse file begins: its map may go on in blocks of its own."""
     more = True
     while more and pos < end:
-        block = os.pread(fd, BLOCK, pos)
+        block = source.pread(BLOCK, pos)
         more = len(block) == BLOCK and block[504] != 0
         pos += BLOCK
     return pos
@@ -123,6 +151,11 @@ def is_tar(path: Path, *, within: Member | None = None) -> bool:
     with path.open("rb") as file:
         place = (min(BLOCK, within.size), within.offset) if within else (BLOCK, 0)
         header = os.pread(file.fileno(), *place)
+    return begins_tar(header)
+
+
+def begins_tar(header: bytes) -> bool:
+    """Is this the header of a tar's member?"""
     return len(header) == BLOCK and _sum_agrees(header)
 
 
@@ -134,7 +167,7 @@ def _sum_agrees(header: bytes) -> bool:
     return stated == sum(header) - sum(header[148:156]) + 8 * 32
 
 
-def _checked_size(tar: Path, header: bytes, pos: int) -> int:
+def _checked_size(tar: Path | str, header: bytes, pos: int) -> int:
     if len(header) < BLOCK or not _sum_agrees(header):
         raise _damaged(tar, pos, "no valid member header there")
     digits = header[124:136]
@@ -158,7 +191,7 @@ def _ustar_name(header: bytes) -> bytes:
     return name
 
 
-def _pax(tar: Path, records: bytes, pos: int, said: _Said) -> _Said:
+def _pax(tar: Path | str, records: bytes, pos: int, said: _Said) -> _Said:
     """What a PAX header adds to what is said of the next member."""
     start = 0
     try:
@@ -185,5 +218,5 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _damaged(tar: Path, pos: int, what: str) -> UserError:
+def _damaged(tar: Path | str, pos: int, what: str) -> UserError:
     return UserError(f"the tar {tar} is cut short or damaged at byte {pos}: {what}; fetch it again")

@@ -37,13 +37,10 @@ class TarSource:
 
     def __init__(self, tars: Sequence[Path]) -> None:
         self._tars = list(tars)
-        names = [tar.name for tar in self._tars]
-        same = len(set(names)) < len(names)
-        # With several tars the same member name may occur in each, so the tar's name is part of the key.
-        self._prefixes = [f"{tar if same else tar.name}/" if len(names) > 1 else "" for tar in self._tars]
+        self._prefixes = key_prefixes([str(tar) for tar in self._tars])
 
     @property
-    def containers(self) -> list[Path]:
+    def containers(self) -> Sequence[Path | str]:
         return self._tars
 
     def rows(self) -> Iterator[SourceRow | SourceReject]:
@@ -54,6 +51,18 @@ class TarSource:
                     told.add(row.key)
                 yield row
             yield from (reject for reject in _failed_downloads(tar, prefix) if reject.key not in told)
+
+
+def key_prefixes(tars: Sequence[str]) -> list[str]:
+    """What stands before a member's name in its key, for each tar.
+
+    With several tars the same member name may occur in each, so the tar's name is part of the key.
+    """
+    names = [tar.rpartition("/")[2] for tar in tars]
+    same = len(set(names)) < len(names)
+    return [
+        f"{tar if same else name}/" if len(tars) > 1 else "" for tar, name in zip(tars, names, strict=True)
+    ]
 
 
 class _OpenTar:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from linerate.shards.catalog import REJECTED_NAME, Catalog
 from linerate.shards.engines import choose_num_workers, run_tasks
 from linerate.shards.errors import UserError
+from linerate.shards.look_there import Look
 from linerate.shards.verify_shard import Decode, Problem, VerifyTask
 
 
@@ -42,16 +43,21 @@ def verify_shards(
     sample: float = 1.0,
     seed: int = 0,
     num_workers: int | None = None,
+    url: str = "",
     on_progress: Callable[[float], None] = lambda samples: None,
 ) -> Report:
     """Read every shard and compare tar, index, marks and totals; nothing is changed.
 
     decode: how far each image is looked into besides its checksum: none, its header, or every pixel.
     sample: the share of the shards that is read, drawn by `seed`; of the others only the tar's size is seen.
+    url: where the shards lie, if not in the catalog's folder (see look_there.py). Each comes into it once,
+    whole, and is removed when it is looked at: one for each process is there at a time.
     Raises UserError for a share that is none.
     """
     chosen = choose_shards(catalog.num_shards, sample=sample, seed=seed)
-    tasks = [VerifyTask(root=os.fspath(catalog.root), shard=shard, decode=decode) for shard in chosen]
+    tasks = [
+        VerifyTask(root=os.fspath(catalog.root), shard=shard, decode=decode, url=url) for shard in chosen
+    ]
     found: dict[int, list[Problem]] = {}
 
     def on_done(index: int, problems: list[Problem]) -> None:
@@ -67,11 +73,14 @@ def verify_shards(
         on_progress=on_progress,
     )
     failed = {chosen[index]: failure for index, failure in failures.items()}
-    problems = _check_folder(catalog)
+    sizes = Look(catalog, url).sizes()
+    problems = _check_folder(catalog, sizes)
     for shard, file in enumerate(catalog.files):
         if shard in failed:
             problems.append(Problem(file, f"{failed[shard].kind}: {failed[shard].text}"))
-        problems.extend(found.get(shard, [] if shard in failed else _check_size(catalog, shard)))
+        problems.extend(found.get(shard, [] if shard in failed else _check_size(catalog, shard, sizes)))
+    if url:
+        problems = [replace(one, what=one.what.replace(os.fspath(catalog.root), url)) for one in problems]
     return Report(len(chosen), int(catalog.shard_sizes[chosen].sum()), num_bytes, problems)
 
 
@@ -85,24 +94,23 @@ def choose_shards(num_shards: int, *, sample: float, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(num_shards)[:count].tolist())
 
 
-def _check_size(catalog: Catalog, shard: int) -> list[Problem]:
+def _check_size(catalog: Catalog, shard: int, sizes: Mapping[str, int]) -> list[Problem]:
     """What can be said of a shard without reading it."""
-    expected = int(catalog.shard_bytes[shard])
-    try:
-        size = catalog.shard_path(shard).stat().st_size
-    except OSError:
-        return [Problem(catalog.files[shard], "the tar is missing")]
-    said = f"the tar has {size} bytes, the catalog says {expected}"
-    return [] if size == expected else [Problem(catalog.files[shard], said)]
+    file, expected = catalog.files[shard], int(catalog.shard_bytes[shard])
+    if file not in sizes:
+        return [Problem(file, "the tar is missing")]
+    said = f"the tar has {sizes[file]} bytes, the catalog says {expected}"
+    return [] if sizes[file] == expected else [Problem(file, said)]
 
 
-def _check_folder(catalog: Catalog) -> list[Problem]:
+def _check_folder(catalog: Catalog, sizes: Mapping[str, int]) -> list[Problem]:
     """What no single shard shows: files too many, and the count of rejects."""
     root = catalog.root
+    listed = set(catalog.files)
     problems = [
-        Problem(path.name, "is not listed in the catalog")
-        for path in sorted(root.glob("*.tar"))
-        if path.name not in set(catalog.files)
+        Problem(name, "is not listed in the catalog")
+        for name in sorted(sizes)
+        if name.endswith(".tar") and "/" not in name and name not in listed
     ]
     try:
         rejected = pq.read_table(root / REJECTED_NAME, columns=["sample_id"])

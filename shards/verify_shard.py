@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Callable, Collection, Iterator
@@ -38,11 +39,40 @@ class VerifyTask:
     root: str
     shard: int
     decode: Decode
+    url: str = ""
+    """Where the shards lie if not in root: then this one is there only while it is looked at."""
 
 
 def run_task(task: VerifyTask, report: Callable[[int], None]) -> list[Problem]:
     """The problems of one shard, at most MAX_PROBLEMS of them."""
     catalog = Catalog.load(task.root)
+    with _brought(catalog, task):
+        problems = _problems(catalog, task)
+    report(int(catalog.shard_sizes[task.shard]))
+    return problems
+
+
+@contextlib.contextmanager
+def _brought(catalog: Catalog, task: VerifyTask) -> Iterator[None]:
+    if not task.url:
+        yield
+        return
+    from linerate.shards.bucket import Bucket
+    from linerate.shards.look_there import bring_file
+
+    bucket = Bucket(task.url)
+    paths: list[Path] = []
+    try:
+        for suffix in (".parquet", ".idx", ".tar"):
+            paths.append(catalog.shard_path(task.shard).with_suffix(suffix))
+            bring_file(catalog, bucket, task.shard, suffix)
+        yield
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _problems(catalog: Catalog, task: VerifyTask) -> list[Problem]:
     file = catalog.files[task.shard]
     problems = []
     for problem in _check_shard(catalog, task.shard, task.decode):
@@ -50,7 +80,6 @@ def run_task(task: VerifyTask, report: Callable[[int], None]) -> list[Problem]:
         if len(problems) == MAX_PROBLEMS:
             problems.append(Problem(file, f"more than {MAX_PROBLEMS} problems; the rest is not listed"))
             break
-    report(int(catalog.shard_sizes[task.shard]))
     return problems
 
 

@@ -36,7 +36,7 @@ from linerate.shards.upload import is_remote
 
 POLL_S = 0.5
 STALE_S = 3600.0
-_COUNT_NAME = "worker_count.json"
+COUNT_NAME = "worker_count.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,25 +111,36 @@ def pack_part(
     options: PackOptions | None = None,
     append: bool = False,
     effort: Effort | None = None,
+    staging: Path | None = None,
     on_wait: Callable[[str], None] = lambda whom: None,
     wait_limit_s: float = 24 * 3600.0,
 ) -> PartReport:
-    """Pack this worker's shards into `out`, a folder that all workers share; finish_parts ends the whole.
+    """Pack this worker's shards into `out`, a folder or URL for all workers; finish_parts ends the whole.
 
     The first worker plans, the others wait for the plan, at most wait_limit_s, and tell by on_wait for whom.
     Any number of workers of the same count may run at the same time, on any hosts.
     Raises UserError for other options, another source or count than those of the workers before.
     """
-    if is_remote(out):
-        raise UserError(
-            f"--worker-index needs an OUT that all workers share as a folder, not {out}; pack into one and "
-            f"copy it, catalog.json last, or leave --worker-index out"
-        )
-    options, effort, out = options or PackOptions(), effort or Effort(), Path(out)
+    options, effort = options or PackOptions(), effort or Effort()
     if effort.engine.kind != "local":
         raise UserError(
             f"--worker-index needs no engine: leave --engine {effort.engine.kind} out, or the index"
         )
+    if is_remote(out):
+        from linerate.shards.worker_upload import pack_part_there
+
+        return pack_part_there(
+            source,
+            str(out),
+            part,
+            options=options,
+            append=append,
+            effort=effort,
+            staging=staging,
+            on_wait=on_wait,
+            wait_limit_s=wait_limit_s,
+        )
+    out = Path(out)
     claim_folder(out, sources=source.containers)
     with _lock_part(out, part):
         if (out / CATALOG_NAME).exists() and not append and not (out / WORK_NAME / HEADER_NAME).exists():
@@ -137,7 +148,7 @@ def pack_part(
             return PartReport(num_shards=Catalog.load(out).num_shards, mine=0, packed_now=0, finished=True)
         try:
             with _lock_plan(out, on_wait, wait_limit_s):
-                plan = _shared_plan(source, out, options, effort, append=append)
+                plan = shared_plan(source, out, options, effort, append=append)
         except NothingNewError:
             return PartReport(num_shards=0, mine=0, packed_now=0, finished=True)
         tasks = plan_tasks(plan, out, asdict(options), load_base(out), effort)
@@ -153,36 +164,46 @@ def pack_part(
     )
 
 
-def finish_parts(out: Path | str) -> Catalog:
+def finish_parts(out: Path | str, *, staging: Path | None = None) -> Catalog:
     """Write the catalog once all workers' shards are whole; needs no source. Again it changes nothing.
 
+    staging: as of `pack`, where `out` is a URL.
     Raises UserError that names the shards that are missing, and the workers that they belong to.
     """
+    if is_remote(out):
+        from linerate.shards.worker_upload import finish_there
+
+        return finish_there(str(out), staging)
     out = Path(out)
+    work = out / WORK_NAME
+    if not work.exists():
+        return finish_folder(out)
+    with lock_folder(out):
+        try:
+            return finish_folder(out)
+        finally:
+            tidy_folder(out, made=False)
+
+
+def finish_folder(out: Path, *, upload_to: str = "") -> Catalog:
+    """As finish_parts, for who holds the lock of this folder."""
     work = out / WORK_NAME
     if not (work / HEADER_NAME).exists():
         if not (out / CATALOG_NAME).exists():
             raise UserError(
-                f"there is no plan in {out}; `linerate shard pack SOURCE... {out} --worker-index I "
+                f"there is no plan in {out}; `linerate shard pack SOURCE... OUT --worker-index I "
                 f"--worker-count N` makes one"
             )
-        if work.exists():  # workers that found nothing left to do
-            with lock_folder(out):
-                tidy_folder(out, made=False)
         return Catalog.load(out)
-    with lock_folder(out):
-        try:
-            plan, options = Plan.load(work), load_options(work)
-            base = load_base(out)
-            tasks = plan_tasks(plan, out, options, base)
-            marks = load_marks(tasks, plan)
-            missing = [task for task in tasks if task.number not in marks]
-            if missing:
-                raise UserError(_say_missing(out, missing, len(tasks)))
-            options.pop("append", None)
-            return finish(out, plan, tasks, marks, options, base)
-        finally:
-            tidy_folder(out, made=False)
+    plan, options = Plan.load(work), load_options(work)
+    base = load_base(out)
+    tasks = plan_tasks(plan, out, options, base, Effort(upload_to=upload_to))
+    marks = load_marks(tasks, plan)
+    missing = [task for task in tasks if task.number not in marks]
+    if missing:
+        raise UserError(_say_missing(out, missing, len(tasks)))
+    options.pop("append", None)
+    return finish(out, plan, tasks, marks, options, base)
 
 
 def _say_missing(out: Path, missing: list[ShardTask], total: int) -> str:
@@ -199,7 +220,7 @@ def _say_missing(out: Path, missing: list[ShardTask], total: int) -> str:
     )
 
 
-def _shared_plan(
+def shared_plan(
     source: Source | ManifestSource, out: Path, options: PackOptions, effort: Effort, *, append: bool
 ) -> Plan:
     """The plan that lies there, if it is for the same; else a new one. Call it with the plan's lock held."""
@@ -239,7 +260,7 @@ def _join(shared: IO[str], out: Path, part: Part) -> None:
     """Take the shared lock. Whoever is alone says how many workers there are."""
     for _ in range(20):
         if _try_lock(shared, fcntl.LOCK_EX):  # nobody else is here
-            (out / WORK_NAME / _COUNT_NAME).write_text(json.dumps(part.count), encoding="utf-8")
+            (out / WORK_NAME / COUNT_NAME).write_text(json.dumps(part.count), encoding="utf-8")
             _write(shared)
         # Not one step: an ordinary pack may come in between.
         if _try_lock(shared, fcntl.LOCK_SH):
@@ -302,7 +323,7 @@ def _write(file: IO[str]) -> None:
 
 def _load_count(out: Path) -> int | None:
     try:
-        count: Any = json.loads((out / WORK_NAME / _COUNT_NAME).read_text(encoding="utf-8"))
+        count: Any = json.loads((out / WORK_NAME / COUNT_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return count if isinstance(count, int) and count > 0 else None

@@ -1,6 +1,7 @@
 """All of a run's state in one file that is either whole or absent.
 
 RUN/checkpoints/step-000001000.pt holds the state after 1,000 steps; the same name with .json is its config.
+One with a file .milestone beside it is never dropped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from linerate.train.config_json import first_difference, from_plain, results_par
 from linerate.train.encoder import Encoder, build_encoder
 
 FORMAT_VERSION = 1
+MILESTONE = ".milestone"
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
@@ -68,9 +70,11 @@ class Checkpoint:
     moco: dict[str, torch.Tensor]
     """Query encoder, key encoder, queue and pointer."""
     optimizer: dict[str, Any]
-    """SGD's buffers."""
+    """SGD's buffers; empty where the weights were imported: such a run is not continued."""
     rng: dict[str, torch.Tensor]
     """The states of torch's generators on the CPU and, where there was one, on the GPU."""
+    scaler: dict[str, Any] | None = None
+    """The gradient scaler's scale and counters; None: the run has none, as every one but fp16's."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -78,9 +82,10 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}.pt"
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, milestone: bool = False) -> Path:
     """Write the checkpoint, then drop all but the newest `keep`. A kill at any moment loses none of the old.
 
+    A milestone, of this save or another, is never dropped, and counts as none of the `keep`.
     Written under a temporary name, fsynced and renamed; the folder is fsynced too. Raises UserError (no
     space, no permission) with the old checkpoints untouched and nothing half written left.
     """
@@ -93,6 +98,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             file.flush()
             os.fsync(file.fileno())
         write_config(checkpoint.config, path.with_suffix(".json"))
+        if milestone:
+            path.with_suffix(MILESTONE).touch()
         temporary.replace(path)
     except OSError as error:
         raise _not_written(path, checkpoint, error) from None
@@ -100,12 +107,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(folder)
-    _drop_old(folder, keep=keep)
+    _drop_old(path, keep=keep)
     return path
 
 
 def _plain_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    names = ("step", "epoch", "images", "moco", "optimizer", "rng")
+    names = ("step", "epoch", "images", "moco", "optimizer", "rng", "scaler")
     return {
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
@@ -226,6 +233,7 @@ def _from_state(state: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         config=from_plain(state["config"]),
         trained_on=TrainedOn(**trained_on) if trained_on else None,
+        scaler=state.get("scaler"),
         **{name: state[name] for name in _PARTS if name != "config"},
     )
 
@@ -241,6 +249,11 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, catalog: Catal
 
     One that was written before the shards were kept in it passes.
     """
+    if not checkpoint.optimizer:
+        raise UserError(
+            f"{run_dir} was imported: it can be judged and exported, not continued, since the state of its "
+            "optimizer is not there; name another --run"
+        )
     before = checkpoint.trained_on
     if before is not None and not before.holds(catalog):
         raise UserError(
@@ -313,8 +326,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _drop_old(folder: Path, *, keep: int) -> None:
+def _drop_old(newest: Path, *, keep: int) -> None:
+    """Keep the one just written, the keep - 1 before it, and the milestones.
+
+    One of a later step is a broken one that this run did not begin at: it takes no place of a whole one.
+    """
+    folder = newest.parent
+    passing = [
+        path
+        for path in list_checkpoints(folder)
+        if path.name <= newest.name and not path.with_suffix(MILESTONE).exists()
+    ]
     # What a killed run left half written goes too: one process writes, and it is here.
-    for path in [*list_checkpoints(folder)[keep:], *folder.glob(".step-*.pt.*")]:
+    for path in [*passing[keep:], *folder.glob(".step-*.pt.*")]:
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)

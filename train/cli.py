@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -20,14 +22,20 @@ from linerate.pipeline.cache import (
     open_shards,
     require_room,
 )
+from linerate.pipeline.host_memory import PHOTO, largest_sample
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
-from linerate.shards.terminal import dispatch, emit_json, parse_args
+from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
-from linerate.train.plan import plan_rows, plan_run, require_one_batch
+from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
+from linerate.train.speed_profile import load_profile
+from linerate.train.stop import exit_code
+
+if TYPE_CHECKING:
+    from linerate.train.run_folder import Damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +46,36 @@ class ConfigFlags(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(CacheOptions):
-    """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
+class RecipeCommand(CacheOptions):
+    """A command whose first word is a recipe."""
 
     shards: str | None = None
-    """Folder that `linerate shard pack` made, or its URL (s3://, gs://, https://); --dry-run does without."""
+    """Folder that `linerate shard pack` made, or its URL (s3://, gs://, https://)."""
+    scale_lr: bool = False
+    """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+    config: ConfigFlags
+
+
+RecipeCommandT = TypeVar("RecipeCommandT", bound=RecipeCommand)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(RecipeCommand):
+    """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
+
     # Under torchrun only the long name works: it takes --run for a beginning of its own --run-path.
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder for log, checkpoints and config; under torchrun write --run-dir."""
     resume: bool = False
     """Continue from the newest whole checkpoint in --run; start anew where there is none."""
-    scale_lr: bool = False
-    """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
     dry_run: bool = False
-    """Print the plan (steps, learning rates, memory) and stop."""
-    json: bool = False
-    """One JSON object on stdout instead of a table."""
-    config: ConfigFlags
+    """Print the plan (steps, what is dropped, shards of a rank, learning rates, memory) and stop."""
+    ranks: int | None = None
+    """For --dry-run: the processes that the run would have; None: those that started this command."""
+    profile: Path | None = None
+    """Switches that `linerate tune` found; flags given beside it count more."""
 
 
 def main_train(argv: list[str]) -> int:
@@ -62,12 +83,13 @@ def main_train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         _print_recipes()
         return 0
-    if argv[0].startswith("-"):
-        raise UserError(f"the recipe comes first, as in `linerate train {next(iter(RECIPES))} {argv[0]} ...`")
-    recipe = find_recipe(argv[0])
     command, config = parse_train(argv)
+    if command.ranks is not None and not command.dry_run:
+        raise UserError(
+            f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
+        )
     if command.dry_run:
-        return _dry_run(command, config, nominal_images=recipe.num_images)
+        return _dry_run(command, config, nominal_images=find_recipe(argv[0]).num_images)
     if command.shards is None or command.run is None:
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
@@ -79,10 +101,31 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
 
     Shards that are named must be there and fill a batch: no learning rate helps one that is too large.
     """
+    command, config = parse_recipe(TrainCommand, argv, prog="linerate train")
+    if command.profile is not None:
+        for note in load_profile(command.profile).notes(config):
+            stderr.print(f"note: {note}", highlight=False, markup=False)
+    return command, config
+
+
+def parse_recipe(
+    kind: type[RecipeCommandT], argv: list[str], *, prog: str
+) -> tuple[RecipeCommandT, TrainConfig]:
+    """A command whose first word is a recipe and whose flags are the recipe's fields, and its config.
+
+    A --profile is taken over before the flags, which go before it. Raises UserError where shards that are
+    named do not fill a batch, or another batch comes without a decision about lr.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f"the recipe comes first, as in `{prog} {next(iter(RECIPES))} {' '.join(argv[:1])} ...`"
+        )
     recipe = find_recipe(argv[0]).build()
-    default = TrainCommand(config=ConfigFlags(**_fields(recipe)))
     words = _one_length(argv[1:])
-    command = parse_args(TrainCommand, words, prog=f"linerate train {argv[0]}", default=default)
+    profile = _value_of("--profile", words)
+    start = load_profile(Path(profile)).apply(recipe) if profile is not None else recipe
+    default: Any = {"config": ConfigFlags(**_fields(start))}
+    command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
     if command.shards is not None:
         num_images = open_shards(command.shards, command).num_samples
@@ -103,6 +146,17 @@ def _is_given(flag: str, words: list[str]) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
 
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """The word after the last `flag`, or behind its `=`; None: it is not given."""
+    value = None
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            value = after
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
 def _fields(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
 
@@ -118,30 +172,62 @@ def _print_recipes() -> None:
 
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, nominal_images: int | None) -> int:
-    from linerate.train.memory import estimate_memory
+    from linerate.train.memory import estimate_host_memory, estimate_memory
 
     catalog = open_shards(command.shards, command) if command.shards else None
-    num_images = catalog.num_samples if catalog else nominal_images
-    if num_images is None:
+    if catalog is None and nominal_images is None:
         raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_run(config, num_images=num_images, world_size=world_size)
-    memory = estimate_memory(config, rank_batch=plan.rank_batch)
+    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(nominal_images or 0)
+    world_size = _world_size(command)
+    plan = plan_run(config, shards, world_size=world_size)
+    memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
+    sample = largest_sample(catalog) if catalog else PHOTO
+    host = estimate_host_memory(config, sample, shards, world_size=world_size)
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:
         from linerate.train.config_json import to_plain
 
-        result = {"plan": dataclasses.asdict(plan), "memory_bytes": memory, "config": to_plain(config)}
+        result = {
+            "plan": dataclasses.asdict(plan),
+            "memory_bytes": memory,
+            "host_memory_bytes": host,
+            "host_memory_of": dataclasses.asdict(sample),
+            "chance_loss": config.chance_loss,
+            "idle_fields": config.idle_fields(),
+            "config": to_plain(config),
+        }
         emit_json({**result, "cache": cache} if cache else result)
         return 0
     table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
-    for name, value in plan_rows(plan, memory):
+    for name, value in [*plan_rows(plan), *memory_rows(memory, of="device"), *_host_rows(host, catalog)]:
         table.add_row(name, value)
     if cache:
         need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
         table.add_row("shard cache", f"{need} at a time on this machine, --cache-bytes {budget}")
+    for line in config.idle_fields():
+        table.add_row("does nothing here", line)
     Console().print(table)
     return 0
+
+
+def _world_size(command: TrainCommand) -> int:
+    if command.ranks is None:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if command.ranks < 1:
+        raise UserError(f"--ranks {command.ranks} is no number of processes; give 1 or more")
+    return command.ranks
+
+
+def _host_rows(host: dict[str, int] | None, catalog: Catalog | None) -> list[tuple[str, str]]:
+    """What the loader takes of a rank's host memory, and what was assumed."""
+    if host is None:
+        return [("host", "not foreseen: the backend has a pipeline of its own")]
+    if catalog is None:
+        assumed = "if every image were a photo of 456 x 395, as ImageNet's mean"
+    else:
+        height, width, size = catalog.max_height, catalog.max_width, show_bytes(catalog.max_sample_bytes)
+        assumed = f"at most: batches of nothing but {width} x {height} pixels in {size}, the catalog's maxima"
+    return [*memory_rows(host, of="host"), ("host is", f"a rank's loader, {assumed}")]
 
 
 def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
@@ -169,15 +255,26 @@ def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path
         emit_json(result)
     else:
         table = Table(title=f"{config.recipe} in {run}", title_justify="left", show_header=False)
-        for name, value in result.items():
-            if value is not None:
-                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in [*result.items(), *damage_rows(summary.damage, logs=summary.bad_sample_logs)]:
+            if value not in (None, ()) and name not in ("damage", "bad_sample_logs"):
+                told = ", ".join(value) if isinstance(value, tuple) else value
+                table.add_row(name, f"{told:.4g}" if isinstance(told, float) else str(told))
         Console().print(table)
     if summary.stopped_by is not None:
         show = f"stopped by {summary.stopped_by} after step {summary.step:,}; --resume continues"
         Console(stderr=True).print(show, highlight=False)
-    # A preempted job (SIGTERM) is not a failed one: its scheduler starts it again.
-    return 130 if summary.stopped_by == "SIGINT" else 0
+    return exit_code(signal.Signals[summary.stopped_by]) if summary.stopped_by else 0
+
+
+def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8) -> list[tuple[str, str]]:
+    """What was bad, by shard and reason, of many the first; and where every sample is named."""
+    rows = []
+    for one in damage[:limit]:
+        what = "the whole shard" if one.num_samples is None else f"{one.num_samples:,} of its samples"
+        rows.append((one.shard, f"{what}: {one.reason}"))
+    if len(damage) > limit:
+        rows.append(("...", f"{len(damage) - limit} more; --json has all"))
+    return [*rows, *(("listed in", path) for path in logs)]
 
 
 def main_eval(argv: list[str]) -> int:
@@ -192,7 +289,7 @@ class ExportCommand:
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one checkpoint of it."""
-    to: Literal["torchvision", "timm", "safetensors"]
+    to: Literal["torchvision", "timm", "detectron2", "safetensors"]
     """The library: its names and its layout; safetensors keeps ours, with the head."""
     out: Path
     """File to write; its model card is beside it, OUT.md."""
@@ -201,7 +298,7 @@ class ExportCommand:
 
 
 def main_export(argv: list[str]) -> int:
-    """`linerate export RUN --to torchvision|timm|safetensors --out FILE`."""
+    """`linerate export RUN --to torchvision|timm|detectron2|safetensors --out FILE`."""
     command = parse_args(ExportCommand, argv, prog="linerate export")
 
     from linerate.train.checkpoint import load_trained

@@ -7,6 +7,7 @@ Field names are unique over the whole tree, so that each is one flag: `--lr`, `-
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,13 +74,32 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """The queue of keys."""
+    """The keys that queries are contrasted with."""
 
+    dictionary: Literal["queue", "end-to-end", "memory-bank"] = "queue"
+    """queue: keys of past batches by a momentum encoder (MoCo); end-to-end: the batch itself, the gradient
+    flows through the keys; memory-bank: one representation per sample, K drawn a step (InstDisc)."""
     num_keys: int = 65536
-    """K: keys in the queue; any number, it need not be a multiple of the batch."""
+    """K: keys in the queue, or drawn from the bank; any number, it need not be a multiple of the batch."""
+    queue_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the queue stores; bf16 halves its memory and its reading."""
+    bank_loss: Literal["infonce", "nce"] = "infonce"
+    """The memory bank's loss; nce is InstDisc's, with Z estimated once from the first batch."""
+    bank_momentum: float = 0.5
+    """v <- normalize(momentum v + (1 - momentum) q): the memory bank's, on the sample's representation."""
 
     def __post_init__(self) -> None:
         _at_least("num_keys", self.num_keys, 1)
+        if not 0 <= self.bank_momentum < 1:
+            raise UserError(
+                f"bank_momentum={self.bank_momentum} must be in [0, 1): at 1 the bank never learns; "
+                "InstDisc's is 0.5"
+            )
+        if self.bank_loss == "nce" and self.dictionary != "memory-bank":
+            raise UserError(
+                f"bank_loss=nce is a loss of the memory bank, not of dictionary={self.dictionary}; "
+                "give --dictionary memory-bank, or --bank-loss infonce"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +108,8 @@ class Loss:
 
     temperature: float = 0.07
     """tau: the logits are divided by it."""
+    symmetric: bool = False
+    """Whether both views are queries and keys of each other, the loss being the mean of the two."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -170,20 +192,30 @@ class Schedule:
 class Speed:
     """Switches that may not change results beyond the bounds stated in the tests."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32. fp16
+    scales the loss, and the scaler makes the host wait for the device each step."""
     channels_last: bool = True
     """Whether activations lie NHWC in memory."""
     compile: bool = False
     """Whether torch.compile works on the encoders."""
+    micro_batch: int | None = None
+    """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
     loader_threads: int | None = None
     """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
     prefetch: int = 2
     """Batches that the loader prepares ahead."""
+    hw_decoder_load: float = 0.65
+    """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
 
     def __post_init__(self) -> None:
+        _at_least("micro_batch", self.micro_batch, 1)
         _at_least("loader_threads", self.loader_threads, 1)
         _at_least("prefetch", self.prefetch, 1)
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(
+                f"hw_decoder_load={self.hw_decoder_load} is no share of a batch; give one in [0, 1], as 0.65"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +227,9 @@ class Watch:
     checkpoint_steps: int = 1000
     """Iterations between two checkpoints; one more is written at the end and on a signal."""
     keep_checkpoints: int = 3
-    """Checkpoints that stay on the disk, newest first."""
+    """Checkpoints that stay on the disk, newest first, besides the milestones."""
+    milestone_epochs: int = 0
+    """Epochs between two checkpoints that stay for ever; 0: none do."""
     knn_epochs: int = 0
     """Epochs between two runs of the kNN monitor; 0: never."""
     knn_train: str | None = None
@@ -213,16 +247,42 @@ class Watch:
     knn_features: Literal["backbone", "projection"] = "backbone"
     """What is compared: the pooled features, or the C-dimensional queries."""
     trackers: tuple[str, ...] = ()
-    """Accelerate's trackers besides log.jsonl, as `tensorboard`."""
+    """Accelerate's trackers besides log.jsonl: tensorboard, wandb, or both."""
     bad_share: float = 0.001
     """Share of an epoch's samples that a rank may replace by neighbours as damaged; 0: none."""
+    alarm_steps: int = 1000
+    """Steps for which the loss must stay at chance, and before features may be judged, for an alarm."""
+    alarm_chance_share: float = 0.01
+    """A loss no further than this share from ln(K+1) is at chance."""
+    alarm_feature_std: float = 0.02
+    """The features' std over the batch below which they have collapsed; 1: spread evenly, 0: all the same."""
+    alarm_top1: float = 0.99
+    """Pretext accuracy above which a falling kNN means that BN gives the keys away."""
+    alarm_knn_fall: float = 0.01
+    """How far below its best kNN must lie to be falling."""
+    alarm_turnover: float = 0.5
+    """Share of the keys due to change that must have changed."""
+    alarm_data_wait: float = 0.1
+    """Share of the time that a run may wait for batches."""
     stall_seconds: float = 900.0
     """A rank that gets no batch for so long writes its stacks and ends with exit code 75; 0: it waits."""
 
     def __post_init__(self) -> None:
-        for name in ("log_steps", "checkpoint_steps", "keep_checkpoints", "knn_k", "knn_limit"):
+        shares = ("chance_share", "feature_std", "top1", "knn_fall", "turnover", "data_wait")
+        for name in (f"alarm_{share}" for share in shares):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} is no share; give one in [0, 1]")
+        for name in (
+            "log_steps",
+            "checkpoint_steps",
+            "keep_checkpoints",
+            "knn_k",
+            "knn_limit",
+            "alarm_steps",
+        ):
             _at_least(name, getattr(self, name), 1)
-        _at_least("knn_epochs", self.knn_epochs, 0)
+        for name in ("knn_epochs", "milestone_epochs"):
+            _at_least(name, getattr(self, name), 0)
         if not 0 <= self.bad_share < 1:
             raise UserError(f"bad_share={self.bad_share} is no share of the samples; give one in [0, 1)")
         if self.stall_seconds < 0:
@@ -267,6 +327,64 @@ class TrainConfig:
         if self.num_lanes is not None:
             _at_least("num_lanes", self.num_lanes, 1)
             _divides("num_lanes", self.num_lanes, "global_batch", batch)
+        if self.loss.symmetric and self.dictionary.dictionary == "memory-bank":
+            raise UserError(
+                "symmetric=True needs keys of both views, and a memory bank encodes none; "
+                "give --no-symmetric, or another --dictionary"
+            )
+        self._check_micro_batch()
+
+    def _check_micro_batch(self) -> None:
+        size, group, about = self.speed.micro_batch, self.bn.bn_group, self.dictionary
+        if size is None:
+            return
+        if size % group:
+            below, above = size // group * group, -(-size // group) * group
+            raise UserError(
+                f"micro_batch={size} is no multiple of bn_group={group}: a group's statistics need all its "
+                f"images at once; the nearest that are: {', '.join(str(n) for n in (below, above) if n)}"
+            )
+        if about.dictionary == "end-to-end" or about.bank_loss == "nce":
+            why = (
+                "the gradient goes through all keys of a batch"
+                if about.bank_loss != "nce"
+                else ("Z is estimated from all of the first batch")
+            )
+            raise UserError(
+                f"micro_batch={size} cannot give the result of one batch here: {why}; leave it out, or take "
+                "a smaller --global-batch, more ranks, or --dictionary queue"
+            )
+
+    @property
+    def num_negatives(self) -> int:
+        """Negatives of a query: K of the queue and the memory bank, B - 1 of end-to-end."""
+        if self.dictionary.dictionary == "end-to-end":
+            return self.optim.global_batch - 1
+        return self.dictionary.num_keys
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss in nats where no key is told from another: ln(K + 1), of NCE about 1 more."""
+        num = self.num_negatives
+        if self.dictionary.bank_loss == "nce":
+            return math.log1p(num) + num * math.log1p(1 / num)
+        return math.log1p(num)
+
+    def idle_fields(self) -> list[str]:
+        """The fields that do nothing under a dictionary other than the queue, by reason, one line each.
+
+        Under the queue those of the memory bank, where they were changed.
+        """
+        kind, told = self.dictionary.dictionary, []
+        if kind == "end-to-end":
+            told.append("num_keys: the keys are those of the global batch")
+        if kind == "memory-bank":
+            told.append("shuffle, shuffle_block: no key is encoded, all come from past batches")
+        elif self.dictionary.bank_momentum != Dictionary.bank_momentum:
+            told.append("bank_momentum: there is no memory bank")
+        if kind != "queue":
+            told.append("ema_momentum, queue_dtype: there is no queue with its momentum encoder")
+        return told
 
     @property
     def shuffle_block(self) -> int:
@@ -282,7 +400,10 @@ class TrainConfig:
         """B / W. Raises UserError, with the nearest W that fit, where W ranks cannot share the batch."""
         fits = [w for w in range(1, self.optim.global_batch + 1) if self._fits(w)]
         if world_size in fits:
-            return self.optim.global_batch // world_size
+            rank_batch = self.optim.global_batch // world_size
+            if self.speed.micro_batch is not None:
+                _divides("micro_batch", self.speed.micro_batch, "the batch of a rank", rank_batch)
+            return rank_batch
         below = [w for w in fits if w < world_size][-1:]
         above = [w for w in fits if w > world_size][:1]
         raise UserError(

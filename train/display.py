@@ -29,8 +29,9 @@ def show_run(title: str, *, console: Console = stderr) -> Iterator[Callable[[Eve
 
         def on_event(event: Event) -> None:
             panel.take(event)
-            if event["event"] in ("note", "checkpoint"):
-                live.console.print(Text(plain_line(event)), overflow="fold")
+            if event["event"] in ("note", "checkpoint", "alarm"):
+                style = "red" if event["event"] == "alarm" else ""
+                live.console.print(Text(plain_line(event), style=style), overflow="fold")
 
         yield on_event
 
@@ -41,7 +42,7 @@ def plain_line(event: Event) -> str:
     if kind == "start":
         return (
             f"{event['total_steps']:,} steps, {event['steps_per_epoch']:,} an epoch; "
-            f"chance ln(K+1) = {event['chance_loss']:.3f}; {event['device']}"
+            f"chance {event['chance_loss']:.3f}; {event['device']}"
         )
     if kind == "step":
         return (
@@ -56,6 +57,8 @@ def plain_line(event: Event) -> str:
         )
     if kind == "checkpoint":
         return f"checkpoint at step {event['step']:,}: {event['path']}"
+    if kind == "alarm":
+        return f"ALARM {event['alarm']}: {event['text']}"
     if kind == "end":
         return f"{'finished' if event['finished'] else 'stopped'} after step {event['step']:,}"
     return str(event["text"])
@@ -80,11 +83,14 @@ class RunPanel:
         self.start: Event = {}
         self.step: Event = {}
         self.knn: Event = {}
+        self.alarms: list[str] = []
 
     def take(self, event: Event) -> None:
         """Keep the event where the panel shows it."""
         if event["event"] in ("start", "step", "knn"):
             setattr(self, event["event"], dict(event))
+        if event["event"] == "alarm":
+            self.alarms.append(event["alarm"])
 
     def __rich__(self) -> RenderableType:
         if not self.start:
@@ -95,7 +101,10 @@ class RunPanel:
         head.add_column(no_wrap=True)
         left = f"left {clock(self.step['left_s'])}" if self.step else "first steps"
         head.add_row(ProgressBar(total=total, completed=done, width=24), f"{done:,}/{total:,}  {left}")
-        return Panel(Group(head, self._numbers()), title=self.title, title_align="left")
+        rows: list[RenderableType] = [head, self._numbers()]
+        if self.alarms:
+            rows.append(Text(f"ALARM  {', '.join(self.alarms)}", style="bold red"))
+        return Panel(Group(*rows), title=self.title, title_align="left")
 
     def _numbers(self) -> Table:
         rows = Table.grid(padding=(0, 2))
@@ -109,6 +118,9 @@ class RunPanel:
             rows.add_row("pretext", f"top-1 {percent(step['pretext_top1'])}", _top5(step))
             rows.add_row("speed", f"{step['images_per_s']:,.0f} images/s", _wait(step))
             rows.add_row("rate", f"lr {step['lr']:.3g}", f"epoch {step['epoch'] + 1:,}")
+            if "queue_fill" in step:
+                age = f"oldest key {step['queue_age_steps']:,.0f} steps old"
+                rows.add_row("queue", f"{percent(step['queue_fill'])} filled", age)
             if _replaced(step):
                 rows.add_row("damage", _replaced(step).strip(), "see bad_samples-rank*.jsonl")
         if self.knn:

@@ -1,6 +1,7 @@
 """The query encoder's weights for other libraries, each checked by loading it there again.
 
-`torchvision` and `timm` get the backbone under their own names, `safetensors` the whole encoder under ours.
+`torchvision`, `timm` and `detectron2` get the backbone under their own names, `safetensors` the whole encoder
+under ours. detectron2 itself is not needed: its file is read back into torchvision's network.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from torch import Tensor, nn
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import make_parent
 from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.detectron2_names import (
+    DETECTRON2_NAMES,
+    detectron2_name,
+    load_detectron2,
+    write_detectron2,
+)
 from linerate.train.encoder import build_encoder
 from linerate.train.model_card import model_card
 
-Target = Literal["torchvision", "timm", "safetensors"]
+Target = Literal["torchvision", "timm", "detectron2", "safetensors"]
 TOLERANCE = 1e-5
 
 TORCHVISION_NAMES = (
@@ -54,16 +61,26 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
     as_safetensors = out.suffix == ".safetensors"
     if target == "safetensors" and not as_safetensors:
         raise UserError(f"--out {out} does not end in .safetensors; name it {out.stem}.safetensors")
+    if target == "detectron2" and out.suffix != ".pkl":
+        raise UserError(
+            f"--out {out} does not end in .pkl, by which detectron2 knows it; name it {out.stem}.pkl"
+        )
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
     weights = (
         trained.encoder.state_dict() if target == "safetensors" else trained.encoder.backbone.state_dict()
     )
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    num_tensors = len(weights)
+    if target == "detectron2":
+        num_tensors = sum(detectron2_name(name) is not None for name in weights)
     make_parent(out)
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        _write(weights, temporary, trained, as_safetensors=as_safetensors)
+        if target == "detectron2":
+            write_detectron2(weights, temporary)
+        else:
+            _write(weights, temporary, trained, as_safetensors=as_safetensors)
         difference = _difference(trained, load(temporary))
         if difference > TOLERANCE:
             raise RuntimeError(f"{target} gives features that differ by {difference:.2e}: a defect of ours")
@@ -74,7 +91,7 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
         target=target,
         out=out,
         card=out.with_name(f"{out.name}.md"),
-        num_tensors=len(weights),
+        num_tensors=num_tensors,
         num_parameters=sum(parameter.numel() for parameter in trained.encoder.backbone.parameters()),
         max_difference=difference,
     )
@@ -104,6 +121,12 @@ def _loader(trained: TrainedEncoder, target: Target) -> Callable[[Path], nn.Modu
                 f"use --to {'timm' if timm.is_model(name) else 'safetensors'}"
             )
         return lambda path: _load_torchvision(name, path)
+    if target == "detectron2":
+        if name not in DETECTRON2_NAMES:
+            raise UserError(
+                f"detectron2 has no {name}; it has {', '.join(DETECTRON2_NAMES)}: use --to safetensors"
+            )
+        return lambda path: load_detectron2(name, path)
     if not timm.is_model(name):
         raise UserError(f"timm has no {name}; export it with --to safetensors")
     return lambda path: timm.create_model(name, num_classes=0, checkpoint_path=str(path))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from linerate.shards.errors import UserError
+from linerate.train.infonce import InfoNce, infonce
+from linerate.train.negatives import Contrast, KeyDictionary, Lookup
 
 
-class KeyQueue(nn.Module):
+class KeyQueue(KeyDictionary):
     """K keys as unit rows; the buffers are its state, so `state_dict` saves and restores all of it.
 
     Before the first keys arrive the rows are random unit vectors, as in the reference.
@@ -36,6 +38,7 @@ class KeyQueue(nn.Module):
         keys = nn.functional.normalize(torch.randn(num_keys, dim, generator=generator))
         self.register_buffer("keys", keys.to(dtype))
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.int64))
+        self._num_a_step = 1
 
     @property
     def num_keys(self) -> int:
@@ -47,6 +50,21 @@ class KeyQueue(nn.Module):
         """0-d int64 on the device: the row that the next key replaces."""
         return self.num_enqueued % self.num_keys
 
+    def open(self, lookup: Lookup) -> Contrast:
+        assert lookup.keys is not None
+        own = lookup.keys[lookup.first :][: lookup.num]
+
+        def contrast(queries: Tensor, start: int) -> InfoNce:
+            keys = own[start : start + len(queries)]
+            return infonce(queries, keys, self.keys, temperature=lookup.temperature)
+
+        return contrast
+
+    def close(self, lookups: list[Lookup], queries: Tensor) -> None:
+        """Enqueue the keys; of a symmetric step those of both views."""
+        keys = [lookup.keys for lookup in lookups if lookup.keys is not None]
+        self.enqueue(keys[0] if len(keys) == 1 else torch.cat(keys))
+
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest N keys.
@@ -55,11 +73,17 @@ class KeyQueue(nn.Module):
         multiple of N, and N may exceed K: the last K stay. No copy of the queue, no host sync.
         Source: MoCo, "Dictionary as a queue".
         """
-        num_new = keys.shape[0]
+        num_new = self._num_a_step = keys.shape[0]
         newest = torch.arange(max(0, num_new - self.num_keys), num_new, device=keys.device)
         rows = newest.add_(self.num_enqueued).remainder_(self.num_keys)
         self.keys.index_copy_(0, rows, keys[-self.num_keys :].to(self.keys.dtype))
         self.num_enqueued.add_(num_new)
+
+    def stats(self) -> dict[str, Tensor]:
+        """queue_fill: share of the rows that hold a key; queue_age_steps: steps since the oldest came."""
+        filled = self.num_filled()
+        age = ((filled - 1).clamp(min=0) // self._num_a_step).float()
+        return {"queue_fill": filled / self.num_keys, "queue_age_steps": age}
 
     def num_filled(self) -> Tensor:
         """0-d int64 on the device: rows that hold a key; the other ones are still random."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
+import os
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from linerate.pipeline.cores import default_num_threads, usable_cores
 from linerate.shards.errors import UserError
 from linerate.train.config import Speed, TrainConfig
 from linerate.train.config_json import to_plain
 
-TRACKERS = ("tensorboard",)
+TRACKERS = ("tensorboard", "wandb")
 
 
 @contextlib.contextmanager
@@ -26,19 +32,19 @@ def open_accelerator(config: TrainConfig, *, run_dir: Path) -> Iterator[Accelera
 
     Raises UserError where the world size does not fit the batch, or a tracker does not exist.
     """
-    for name in config.watch.trackers:
-        if name not in TRACKERS:
-            raise UserError(f"trackers={name} is not there; there are {', '.join(TRACKERS)}")
+    require_trackers(config.watch.trackers)
     # accelerate keeps the first run's precision for the whole process; a second run may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if resolve_precision(config.speed) == "bf16" else "no",
+        mixed_precision=_precision_of_accelerate(config.speed),
         log_with=list(config.watch.trackers) or None,
         project_dir=str(run_dir),
         # By default every forward would send the queue and all BN statistics again.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if resolve_precision(config.speed) == "fp16" and accelerator.scaler is None:
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     config.rank_batch(accelerator.num_processes)
     try:
         yield accelerator
@@ -53,8 +59,39 @@ def resolve_precision(speed: Speed) -> str:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
-def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Open the trackers, with the config as their flat table of numbers and words."""
+def _precision_of_accelerate(speed: Speed) -> str:
+    """accelerate knows fp16 on a GPU alone; on a CPU we scale and cast ourselves, as its twin."""
+    precision = resolve_precision(speed)
+    on_cpu = not torch.cuda.is_available()
+    return "no" if precision == "fp32" or (precision == "fp16" and on_cpu) else precision
+
+
+def open_autocast(
+    accelerator: Accelerator, speed: Speed
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What opens autocast to the run's precision."""
+    if resolve_precision(speed) == "fp16":
+        return partial(torch.autocast, accelerator.device.type, torch.float16)
+    opened: Callable[[], contextlib.AbstractContextManager[object]] = accelerator.autocast
+    return opened
+
+
+def require_trackers(names: tuple[str, ...]) -> None:
+    """Raise UserError where there is no such tracker, or its package is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"trackers={name} is not there; there are {', '.join(TRACKERS)}")
+        # accelerate leaves a tracker out in silence where its package is missing.
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"trackers={name} needs the package {name}: pip install {name}")
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, *, run_dir: Path, done_steps: int) -> None:
+    """Open the trackers, with the config as their flat table of numbers and words.
+
+    A resumed run goes on in the same ones: TensorBoard hides what was logged after done_steps, and the run of
+    Weights & Biases is found by the id that RUN/wandb-id.txt keeps. WANDB_MODE and the like are its own.
+    """
     if not config.watch.trackers:
         return
     plain = to_plain(config)
@@ -62,14 +99,40 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     for part in ("views", "model", "dictionary", "loss", "bn", "optim", "schedule"):
         flat |= {f"{part}.{name}": value for name, value in plain[part].items()}
     scalars = {k: v for k, v in flat.items() if isinstance(v, int | float | str | bool)}
-    accelerator.init_trackers("tensorboard", config=scalars)
+    # One name for both: TensorBoard's folder in the run, and the project on the server.
+    project = (
+        os.environ.get("WANDB_PROJECT", "linerate") if "wandb" in config.watch.trackers else "tensorboard"
+    )
+    init: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": done_steps + 1}}
+    if "wandb" in config.watch.trackers:
+        init["wandb"] = {
+            "id": _wandb_id(run_dir),
+            "resume": "allow",
+            "name": run_dir.name,
+            "dir": str(run_dir),
+        }
+    accelerator.init_trackers(project, config=scalars | {"recipe": config.recipe}, init_kwargs=init)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id of this run at Weights & Biases: drawn once, then kept beside the log."""
+    path = run_dir / "wandb-id.txt"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def describe_device(accelerator: Accelerator, speed: Speed) -> str:
-    """As `cpu, 2 ranks, fp32`."""
-    ranks = accelerator.num_processes
-    name = accelerator.device.type
-    return f"{name}, {ranks} rank{'s' if ranks > 1 else ''}, {resolve_precision(speed)}"
+    """As `cpu, 2 ranks, fp32, 1 loader thread a rank, 2 cores`, those of this process."""
+    ranks, threads, cores = accelerator.num_processes, loader_threads(speed), usable_cores()
+    counts = [(ranks, "rank"), (threads, "loader thread"), (cores, "core")]
+    told = [f"{num} {what}{'s' if num > 1 else ''}" for num, what in counts]
+    return f"{accelerator.device.type}, {told[0]}, {resolve_precision(speed)}, {told[1]} a rank, {told[2]}"
+
+
+def loader_threads(speed: Speed) -> int:
+    """Threads that decode on this rank."""
+    return speed.loader_threads or default_num_threads()
 
 
 @contextlib.contextmanager
@@ -83,3 +146,30 @@ def quiet_ddp() -> Iterator[None]:
 def with_lanes(config: TrainConfig) -> TrainConfig:
     """The config with the number of lanes written out, as it is kept beside the checkpoints."""
     return dataclasses.replace(config, num_lanes=config.lanes)
+
+
+def launch_note(world_size: int, *, command: list[str]) -> str | None:
+    """What to tell where the launcher was asked for more processes than there are; None: all is well.
+
+    command: the words of the parent process. `accelerate launch --cpu --num_processes 2` starts one process
+    and says nothing (accelerate 1.15).
+    """
+    if world_size > 1 or not any("accelerate" in word for word in command[:3]):
+        return None
+    words = [part for word in command for part in word.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in ("--num_processes", "--num-processes") and value.isdigit() and int(value) > 1:
+            return (
+                f"accelerate launch was asked for {value} processes and started one, as it does on CPUs; "
+                f"torchrun --nproc-per-node {value} -m linerate train ... does"
+            )
+    return None
+
+
+def parent_command() -> list[str]:
+    """The words of the process that started this one; none where the system does not tell."""
+    try:
+        text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return text.decode(errors="replace").split("\0")

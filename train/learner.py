@@ -11,26 +11,41 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train.alarms import Vitals
 from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder
 from linerate.train.evaluate.features import Encode
+from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
-from linerate.train.launch import quiet_ddp
+from linerate.train.launch import open_autocast, quiet_ddp
+from linerate.train.memory_bank import MemoryBank
+from linerate.train.negatives import KeyDictionary
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
 
 
-def build_moco(config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> MoCo:
-    """Both encoders and the queue as the seed draws them: the same on every rank."""
+def build_moco(
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_samples: int | None = None,
+    device: torch.device | str = "cpu",
+) -> MoCo:
+    """Both encoders and the dictionary as the seed draws them: the same on every rank, on the CPU.
+
+    num_samples, device: what a memory bank has rows for, and where they lie at once.
+    """
     torch.manual_seed(config.seed)
     model, bn = config.model, config.bn
     encoder = build_encoder(model.encoder, dim=model.dim, head=model.head, stem=model.stem)
     encoder.require_size(config.views.size)
     return MoCo(
         encoder,
-        KeyQueue(config.dictionary.num_keys, model.dim),
+        _build_dictionary(config, rank=rank, world_size=world_size, num_samples=num_samples, device=device),
         temperature=config.loss.temperature,
+        symmetric=config.loss.symmetric,
         ema_momentum=model.ema_momentum,
         bn_group=bn.bn_group,
         shuffle=KeyShuffle(
@@ -39,12 +54,48 @@ def build_moco(config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> Mo
     )
 
 
+def _build_dictionary(
+    config: TrainConfig, *, rank: int, world_size: int, num_samples: int | None, device: torch.device | str
+) -> KeyDictionary:
+    about, dim = config.dictionary, config.model.dim
+    if about.dictionary == "queue":
+        return KeyQueue(about.num_keys, dim, dtype=_QUEUE_DTYPES[about.queue_dtype])
+    if about.dictionary == "end-to-end":
+        return InBatch()
+    if num_samples is None:
+        raise ValueError("a memory bank has a row for every sample; say how many there are")
+    return MemoryBank(
+        num_samples,
+        about.num_keys,
+        dim,
+        momentum=about.bank_momentum,
+        loss=about.bank_loss,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+_QUEUE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 class Learner:
     """What learns on this rank. Between two calls of read_metrics nothing makes the host wait."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, *, num_samples: int | None = None
+    ) -> None:
+        """num_samples: samples in the data set, which a memory bank must know."""
         self.config, self.accelerator = config, accelerator
-        moco = build_moco(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        self._autocast = open_autocast(accelerator, config.speed)
+        moco = build_moco(
+            config,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_samples=num_samples,
+            device=accelerator.device,
+        )
         self.moco = moco.to(accelerator.device, channels_last=config.speed.channels_last)
         optim = config.optim
         sgd = torch.optim.SGD(
@@ -60,6 +111,7 @@ class Learner:
         if config.speed.compile:
             moco.query_forward = torch.compile(query_forward)
             moco.key_forward = torch.compile(moco.key_encoder)
+        self._vitals = Vitals(moco)
         self._sums = torch.zeros(3, device=accelerator.device)
         self._num_summed = 0
 
@@ -73,25 +125,34 @@ class Learner:
             batch.key,
             self.optimizer,
             step=step,
-            autocast=self.accelerator.autocast,
+            position=batch.position,
+            micro_batch=self.config.speed.micro_batch,
+            autocast=self._autocast,
             backward=self.accelerator.backward,
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1
 
-    def read_metrics(self, *, stop: bool, replaced: int = 0) -> tuple[dict[str, float], bool]:
-        """Means over the steps since the last call and over all ranks, and whether any rank was told to stop.
+    def read_metrics(self, *, replaced: int = 0) -> dict[str, float]:
+        """Means over the steps since the last call and over all ranks.
 
-        replaced: samples that this rank has replaced; comes back as the sum over the ranks.
-
+        replaced: samples that this rank has replaced; comes back as the sum over the ranks. With them comes
+        what the dictionary tells of itself.
         The one place where the host waits for the device; all ranks call it after the same step.
         """
-        own = torch.tensor([float(stop), float(replaced)], device=self._sums.device)
-        means = self.accelerator.reduce(torch.cat((self._sums / self._num_summed, own)), "mean").tolist()
+        own = torch.tensor([float(replaced)], device=self._sums.device)
+        stats = self.moco.dictionary.stats()
+        parts = (
+            self._sums / self._num_summed,
+            self._vitals.read(),
+            *(value[None] for value in stats.values()),
+        )
+        *means, replaced_mean = self.accelerator.reduce(torch.cat((*parts, own)), "mean").tolist()
         self._sums.zero_()
         self._num_summed = 0
-        found = dict(zip(("loss", "pretext_top1", "pretext_top5"), means, strict=False))
-        return found | {"replaced": round(means[4] * self.accelerator.num_processes)}, means[3] > 0
+        names = ("loss", "pretext_top1", "pretext_top5", *Vitals.NAMES, *stats)
+        found = dict(zip(names, means, strict=True))
+        return found | {"replaced": round(replaced_mean * self.accelerator.num_processes)}
 
     @torch.no_grad()
     def average_bn(self) -> None:
@@ -100,7 +161,7 @@ class Learner:
             return
         buffers = [
             buffer
-            for encoder in (self.moco.query_encoder, self.moco.key_encoder)
+            for encoder in {self.moco.query_encoder: None, self.moco.key_encoder: None}
             for module in bn_modules(encoder)
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
@@ -115,7 +176,7 @@ class Learner:
         encoder = self.moco.query_encoder.eval()
 
         def encode(images: Tensor) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 found: Tensor = encoder.features(images) if features == "backbone" else encoder(images)  # type: ignore[operator]
             return found
 
@@ -130,13 +191,16 @@ class Learner:
         The host waits for the device; all ranks call it after the same step.
         """
         found = torch.isfinite(self._sums).all()
-        for tensor in self.moco.state_dict().values():
+        for tensor in self.moco.own_state().values():
             if tensor.is_floating_point():
                 found &= torch.isfinite(tensor).all()
         return bool(self.accelerator.reduce(found.float(), "mean").item() == 1.0)
 
     def checkpoint(self, *, step: int, epoch: int, trained_on: TrainedOn) -> Checkpoint:
-        """Everything that `restore` needs; tensors are the live ones, so write it before the next step."""
+        """Everything that `restore` needs; tensors are the live ones, so write it before the next step.
+
+        Every rank calls it, the one of rank 0 is complete: a memory bank lies on all of them.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
@@ -149,12 +213,15 @@ class Learner:
             moco=self.moco.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=rng,
+            scaler=scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's state. Raises UserError where it is of another model."""
         self.moco.load_state_dict(checkpoint.moco)
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.accelerator.scaler and checkpoint.scaler:
+            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         torch.set_rng_state(checkpoint.rng["cpu"])
         if "cuda" in checkpoint.rng and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.accelerator.device)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from linerate import __version__
 from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.config import TrainConfig
+from linerate.train.detectron2_names import CONFIG_LINES, depth_of
 
 
 def model_card(
@@ -20,7 +23,7 @@ def model_card(
 
 Input: RGB in [0, 1], less the mean (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225).
 
-```python
+```{"yaml" if target == "detectron2" else "python"}
 {_usage(trained, target=target, file_name=file_name)}
 ```
 
@@ -35,8 +38,8 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ("encoder", f"{model.encoder}, stem {model.stem}, {num_parameters:,} parameters without the head"),
         ("recipe", f"{config.recipe}, seed {config.seed}"),
         ("views", f"augmentation {views.augmentation}, {views.size} pixels"),
-        ("dictionary", f"queue of K = {config.dictionary.num_keys:,} keys, m = {model.ema_momentum}"),
-        ("loss", f"InfoNCE, temperature {config.loss.temperature}"),
+        ("dictionary", _dictionary(config)),
+        ("loss", _loss(config)),
         ("head", f"{model.head}, to {model.dim} dimensions (not in the file unless it is safetensors)"),
         (
             "optimizer",
@@ -44,14 +47,31 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ),
         ("trained", f"{trained.step:,} steps, {trained.images:,} images"),
         ("checkpoint", trained.path.name),
-        ("versions", ", ".join(f"{name} {version(name)}" for name in ("linerate", "torch", "timm"))),
+        ("versions", f"linerate {__version__}, torch {version('torch')}, timm {version('timm')}"),
     ]
+
+
+def _dictionary(config: TrainConfig) -> str:
+    kind, num_keys = config.dictionary.dictionary, config.num_negatives
+    if kind == "queue":
+        return f"queue of K = {num_keys:,} keys, m = {config.model.ema_momentum}"
+    if kind == "end-to-end":
+        return f"end-to-end, the {num_keys:,} other images of the batch are the negatives"
+    return f"memory bank, K = {num_keys:,} draws, momentum {config.dictionary.bank_momentum}"
+
+
+def _loss(config: TrainConfig) -> str:
+    name = "NCE" if config.dictionary.bank_loss == "nce" else "InfoNCE"
+    return f"{name}, temperature {config.loss.temperature}{', symmetric' if config.loss.symmetric else ''}"
 
 
 def _usage(trained: TrainedEncoder, *, target: str, file_name: str) -> str:
     model = trained.config.model
     if target == "timm":
         return f'model = timm.create_model("{model.encoder}", num_classes=0, checkpoint_path="{file_name}")'
+    if target == "detectron2":
+        # The mean and the deviation are those of the encoder's entry, in grey levels.
+        return CONFIG_LINES.format(file_name=file_name, depth=depth_of(model.encoder)).rstrip()
     read = "safetensors.torch.load_file" if file_name.endswith(".safetensors") else "torch.load"
     if target == "torchvision":
         return (

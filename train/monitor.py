@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.shards.catalog import Catalog
@@ -14,8 +14,6 @@ from linerate.shards.errors import UserError
 from linerate.train.config import Watch
 from linerate.train.evaluate.features import Encode, Split, open_split
 from linerate.train.evaluate.judge import KnnOptions, judge_by_knn
-
-ItemT = TypeVar("ItemT")
 
 
 class Stopwatch:
@@ -33,15 +31,12 @@ class Stopwatch:
         self._waited_s = self._paused_s = 0.0
         self._started_s = self._clock()
 
-    def waiting(self, batches: Iterator[ItemT]) -> Iterator[ItemT]:
-        """The batches; the time that each takes to come counts as waiting."""
-        while True:
-            before = self._clock()
-            batch = next(batches, None)
-            self._waited_s += self._clock() - before
-            if batch is None:
-                return
-            yield batch
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done in here is waiting for a batch, this rank's own or another's."""
+        before = self._clock()
+        yield
+        self._waited_s += self._clock() - before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -67,6 +67,57 @@ def in1m_v2_800ep() -> TrainConfig:
     )
 
 
+def in1m_v1_end_to_end() -> TrainConfig:
+    """End-to-end instead of the queue: the batch of 1,024 is the dictionary, the gradient flows through it.
+
+    Command: linerate train in1m-v1-end-to-end --shards IN1M --run runs/in1m-v1-end-to-end
+    Cost: 250,200 iterations of 1,024 images; backward goes through the keys, too.
+    Source: MoCo, parts 3.2 and 4.1, figure 3: K is the batch, lr is scaled linearly with it. 1,024 is the
+    largest K that the paper's 8 GPUs of 32 GB held; --global-batch 256 or 512 with --scale-lr are its others.
+    BN groups of 128 are its 8 GPUs.
+    Expected: linear probe about that of the queue at K = 1,024, below 59.0 % (the queue's at 4,096). Not run
+    here.
+    """
+    return dataclasses.replace(
+        in1m_v1(),
+        recipe="in1m-v1-end-to-end",
+        dictionary=Dictionary(dictionary="end-to-end"),
+        bn=ShuffleBN(bn_group=128),
+        optim=Optim(global_batch=1024, lr=0.12),
+    )
+
+
+def in1m_v1_memory_bank() -> TrainConfig:
+    """A memory bank instead of the queue, with InfoNCE: 65,536 of 1.28 M representations a step.
+
+    Command: linerate train in1m-v1-memory-bank --shards IN1M --run runs/in1m-v1-memory-bank
+    Cost: 1,000,800 iterations; 656 MB for the bank over all ranks, no second encoder.
+    Source: MoCo, parts 3.2 and 4.1, figure 3; what it does not spell out (momentum 0.5, the bank's start) is
+    InstDisc's.
+    Expected: linear probe 58.0 % top-1. Not run here.
+    """
+    return dataclasses.replace(
+        in1m_v1(),
+        recipe="in1m-v1-memory-bank",
+        dictionary=Dictionary(dictionary="memory-bank"),
+    )
+
+
+def in1m_v1_memory_bank_nce() -> TrainConfig:
+    """A memory bank with NCE and 4,096 draws, which is InstDisc with MoCo's augmentation.
+
+    Command: linerate train in1m-v1-memory-bank-nce --shards IN1M --run runs/in1m-v1-memory-bank-nce
+    Cost: 1,000,800 iterations; 656 MB for the bank over all ranks, no second encoder.
+    Source: MoCo, part 4.1: its reimplementation of InstDisc (54.0 % there).
+    Expected: linear probe 54.3 % top-1. Not run here.
+    """
+    return dataclasses.replace(
+        in1m_v1(),
+        recipe="in1m-v1-memory-bank-nce",
+        dictionary=Dictionary(dictionary="memory-bank", bank_loss="nce", num_keys=4096),
+    )
+
+
 def ig1b_v1() -> TrainConfig:
     """MoCo v1 on a billion images, counted in iterations: lr 0.12, x0.9 each 62,500.
 
@@ -106,6 +157,24 @@ def cifar10() -> TrainConfig:
         optim=Optim(global_batch=512, lr=0.06, weight_decay=5e-4),
         schedule=Schedule(decay="cosine", epochs=200),
         watch=Watch(log_steps=20, checkpoint_steps=970, knn_epochs=5, knn_features="projection"),
+    )
+
+
+def cifar10_symmetric() -> TrainConfig:
+    """cifar10 with the symmetric loss: both views are queries and keys of each other.
+
+    Command: linerate train cifar10-symmetric --shards CIFAR10_TRAIN --knn-test CIFAR10_TEST --run DIR
+    Cost: 19,400 iterations of 512 images of 32 pixels, each with two query and two key forwards.
+    Source: the reference's one-GPU notebook with its symmetric loss. It sums the two directions at lr 0.06
+    and wd 5e-4; ours is their mean, for which lr 0.12 and wd 2.5e-4 make the very same steps.
+    Expected: kNN (k 200, T 0.1) on the 128-D queries 85.3 % at 200 epochs, 88.5 at 400, 89.7 at 800; linear
+    probe 90.7 % for the last one. Not run here.
+    """
+    return dataclasses.replace(
+        cifar10(),
+        recipe="cifar10-symmetric",
+        loss=Loss(temperature=0.1, symmetric=True),
+        optim=Optim(global_batch=512, lr=0.12, weight_decay=2.5e-4),
     )
 
 
@@ -151,8 +220,12 @@ RECIPES: dict[str, Recipe] = {
     "in1m-v1": Recipe(build=in1m_v1, num_images=1_281_167),
     "in1m-v2": Recipe(build=in1m_v2, num_images=1_281_167),
     "in1m-v2-800ep": Recipe(build=in1m_v2_800ep, num_images=1_281_167),
+    "in1m-v1-end-to-end": Recipe(build=in1m_v1_end_to_end, num_images=1_281_167),
+    "in1m-v1-memory-bank": Recipe(build=in1m_v1_memory_bank, num_images=1_281_167),
+    "in1m-v1-memory-bank-nce": Recipe(build=in1m_v1_memory_bank_nce, num_images=1_281_167),
     "ig1b-v1": Recipe(build=ig1b_v1, num_images=940_000_000),
     "cifar10": Recipe(build=cifar10, num_images=50_000),
+    "cifar10-symmetric": Recipe(build=cifar10_symmetric, num_images=50_000),
     "demo": Recipe(build=demo, num_images=None),
 }
 

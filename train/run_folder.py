@@ -6,6 +6,7 @@ Each rank adds a file of its own about samples that it had to replace.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,17 @@ from linerate.train.checkpoint import (
 )
 from linerate.train.config import TrainConfig
 from linerate.train.config_json import write_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """What was bad in one shard for one reason."""
+
+    shard: str
+    """The tar's name."""
+    reason: str
+    num_samples: int | None
+    """Different samples; None: the whole shard could not be had."""
 
 
 @dataclass(frozen=True)
@@ -127,23 +139,41 @@ class RunFolder:
 
         return take
 
+    def damage(self) -> list[Damage]:
+        """What the ranks found bad, restarts included: one line for each shard and reason, in order."""
+        found: dict[tuple[str, str], set[int | None]] = {}
+        for path in self.bad_sample_logs():
+            for line in _json_lines(path):
+                reason = re.sub(rf"\S*{re.escape(line['shard'])}: ", "", line["reason"])
+                found.setdefault((line["shard"], reason), set()).add(line["sample_id"])
+        return [
+            Damage(shard=shard, reason=reason, num_samples=None if None in ids else len(ids))
+            for (shard, reason), ids in sorted(found.items())
+        ]
+
+    def bad_sample_logs(self) -> list[Path]:
+        """The files in which the ranks told of each sample that they replaced."""
+        return sorted(self.root.glob("bad_samples-rank*.jsonl"))
+
     def load_log(self, kind: str = "step") -> list[dict[str, Any]]:
         """The log's lines of one kind (step, knn, ...), oldest first."""
         return [line for line in self._log_lines() if line["event"] == kind]
 
     def _log_lines(self) -> list[dict[str, Any]]:
-        if not self.log.exists():
-            return []
-        lines = []
-        for text in self.log.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue  # the line that a kill cut short
-        return lines
+        return _json_lines(self.log) if self.log.exists() else []
 
     def _require_run_or_nothing(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; --run names a folder")
         if self.root.is_dir() and any(self.root.iterdir()) and not self.config.exists():
             raise UserError(f"{self.root} holds something that is no run; name an empty or new --run folder")
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # the line that a kill cut short
+    return lines

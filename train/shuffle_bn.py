@@ -155,7 +155,7 @@ class KeyShuffle:
                 f"shuffle_block={block} does not divide the global batch {global_batch}; "
                 "give a divisor of it, or None for the whole batch"
             )
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, step))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         starts = range(0, global_batch, block)
         return torch.cat([start + torch.randperm(block, generator=generator) for start in starts])
 
@@ -169,10 +169,10 @@ class KeyShuffle:
             return gather_rows(encode(images), world_size=self.world_size)
         num, device = images.shape[0], images.device
         permutation = self.permutation(step, global_batch=num * self.world_size)
-        place_of = _to_device(permutation.argsort(), device)
+        place_of = to_device(permutation.argsort(), device)
         if self._stays_on_rank(permutation, num):
             mine = permutation[self.rank * num : (self.rank + 1) * num] - self.rank * num
-            shuffled = take_images(images, _to_device(mine, device))
+            shuffled = take_images(images, to_device(mine, device))
         else:
             shuffled = self._exchange(images, permutation)
         return gather_rows(encode(shuffled), world_size=self.world_size)[place_of]
@@ -188,14 +188,14 @@ class KeyShuffle:
         wanted = [
             permutation.view(self.world_size, num)[to][source[to] == rank] for to in range(self.world_size)
         ]
-        rows = _to_device(torch.cat(wanted) - rank * num, images.device)
+        rows = to_device(torch.cat(wanted) - rank * num, images.device)
         send = [len(part) for part in wanted]
         receive = torch.bincount(source[rank], minlength=self.world_size).tolist()
         memory = images.permute(0, 2, 3, 1).index_select(0, rows)
         received = exchange_rows(memory, send=send, receive=receive)
         # Rows come sorted by source rank, each rank's in the order of the places that want them.
         place = source[rank].argsort(stable=True).argsort()
-        return received.index_select(0, _to_device(place, images.device)).permute(0, 3, 1, 2)
+        return received.index_select(0, to_device(place, images.device)).permute(0, 3, 1, 2)
 
 
 def take_images(images: Tensor, rows: Tensor) -> Tensor:
@@ -203,11 +203,12 @@ def take_images(images: Tensor, rows: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
-def _seed_of(*key: Any) -> int:
+def seed_of(*key: Any) -> int:
+    """A generator's seed from what names its draws, as (seed, step): 63 bits, the same on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _to_device(index: Tensor, device: torch.device) -> Tensor:
+def to_device(index: Tensor, device: torch.device) -> Tensor:
     """Host -> device without making the host wait for the device."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

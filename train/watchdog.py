@@ -1,7 +1,8 @@
 """A rank that gets no batch for too long says where it stands, with every thread's stack, and ends.
 
 All ranks of a run are in step, so when one starves the others wait for it and find the same a moment later:
-each tells its own story before any of them goes.
+each tells its own story before any of them goes. A rank whose collective fails, since another rank died,
+tells its own as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -31,15 +33,17 @@ class Watchdog:
         *,
         where: Callable[[], str],
         stacks: Path,
-        grace_s: float = GRACE_S,
+        grace_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         """limit_s: seconds without a batch; 0: for ever. where: the rank and its place in the run.
 
-        stacks: the file that gets the stacks. grace_s: how long the other ranks have to say their part.
+        stacks: the file that gets the stacks. grace_s: how long the other ranks have to say their part;
+        None: 10 s, or the limit where that is less.
         """
-        self._limit_s, self._where, self._stacks, self._grace_s = limit_s, where, stacks, grace_s
+        self._limit_s, self._where, self._stacks = limit_s, where, stacks
+        self._grace_s = min(GRACE_S, limit_s) if grace_s is None else grace_s
         self._clock, self._leave = clock, leave
         self._num_paused = 0
         self._fed_s = clock()
@@ -58,6 +62,9 @@ class Watchdog:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
+        if error is not None and is_lost_peer(error):
+            # What torch would do next, it would do with the ranks that are gone.
+            self._end(f"{self._where()} has lost another rank ({_first_line(error)})", error)
 
     def pat(self) -> None:
         """A batch has come."""
@@ -78,17 +85,22 @@ class Watchdog:
         starved_s = self._clock() - self._fed_s
         if self._num_paused or starved_s < self._limit_s:
             return
-        line = (
-            f"linerate: error: {self._where()} has had no batch for {starved_s:.0f} s; the stacks of its "
-            f"threads are in {self._stacks}; --stall-seconds allows more, --resume continues"
-        )
+        self._end(f"{self._where()} has had no batch for {starved_s:.0f} s")
+
+    def _end(self, what: str, error: BaseException | None = None) -> None:
+        way = "--resume continues" if error else "--stall-seconds allows more, --resume continues"
+        line = f"linerate: error: {what}; the stacks of its threads are in {self._stacks}; {way}"
         print(line, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
             with self._stacks.open("w", encoding="utf-8") as file:
                 print(line, file=file, flush=True)
+                if error is not None:
+                    traceback.print_exception(error, file=file)
+                    file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(self._grace_s)
+        if error is None:
+            time.sleep(self._grace_s)
         self._leave(EXIT_CODE)
 
     def _watch(self) -> None:
@@ -101,3 +113,14 @@ class Watchdog:
                 self.check()
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Does a collective fail because another rank is gone? gloo and NCCL raise bare RuntimeErrors, too."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+    return "DistError" in names or told
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -11,10 +11,11 @@ import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from linerate.bench.contest import Bar, Ceiling, Contest, Setting, timed_record
+from linerate.bench.contest import Bar, Ceiling, Contest, Setting, missing_record, timed_record
 from linerate.bench.images import load_images
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
+from linerate.bench.suites.view_work import missing_backend
 from linerate.bench.timing import MIN_ROUNDS, Side, interleave
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
@@ -37,10 +38,7 @@ def measure_pipeline(
     ceiling is the loader alone. Nothing of a run changes: the encoders are new ones.
     budget_s: about how long it may take, start-up not counted; one batch a round is the least.
     """
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.closing(_Stages(config, catalog, Path(scratch))) as stages,
-    ):
+    with contextlib.closing(Stages(config, catalog)) as stages:
         num_batches = stages.fit(budget_s, rounds)
         before = probe()
         sides = {
@@ -78,13 +76,27 @@ def measure_pipeline(
 
 
 def bench_train(setting: Setting) -> Iterator[Record]:
-    """The recipe `demo` on generated images."""
+    """The recipe `demo` on generated images; on a GPU `in1m-v2`, whose step a GPU is there for."""
     num_images, batch, budget_s = setting.pick(
-        tiny=(40, 8, 0.0), quick=(300, 32, 5.0), full=(1000, 128, 60.0)
+        tiny=(40, 8, 0.0),
+        quick=(300, 32, 5.0),
+        full=(2048, 256, 25.0) if setting.for_gpu else (1000, 128, 60.0),
     )
     images = load_images(setting.images, num_images=num_images)
     catalog = pack(images.root, setting.scratch / "pipeline-shards", num_workers=0)
-    config = find_recipe("demo").build()
+    config = find_recipe("in1m-v2" if setting.for_gpu else "demo").build()
+    if lacking := missing_backend(config.views.backend):
+        work = f"loader and step: {config.model.encoder}, --backend {config.views.backend}"
+        alone = Contest(peer=None, work=work, unit="pairs/s", amount=1, ours=Side(run=lambda: None))
+        yield missing_record(NAME, alone, missing=f"{lacking}; measured by --backend torch instead")
+        config = dataclasses.replace(config, views=dataclasses.replace(config.views, backend="torch"))
+    if setting.for_gpu and setting.size == "tiny":
+        config = dataclasses.replace(
+            config,
+            views=dataclasses.replace(config.views, size=32),
+            model=dataclasses.replace(config.model, encoder="tiny-resnet-w4"),
+            dictionary=dataclasses.replace(config.dictionary, num_keys=64),
+        )
     if setting.size != "full":
         config = dataclasses.replace(
             config,
@@ -94,14 +106,15 @@ def bench_train(setting: Setting) -> Iterator[Record]:
     yield from measure_pipeline(config, catalog, budget_s=budget_s, rounds=setting.rounds)
 
 
-class _Stages:
+class Stages:
     """The run's loader and learner, and views that are there already."""
 
-    def __init__(self, config: TrainConfig, catalog: Catalog, scratch: Path) -> None:
+    def __init__(self, config: TrainConfig, catalog: Catalog) -> None:
         self.config, self.catalog = config, catalog
         self.batch = config.optim.global_batch
         self._open = contextlib.ExitStack()
-        accelerator = self._open.enter_context(open_accelerator(config, run_dir=scratch))
+        scratch = self._open.enter_context(tempfile.TemporaryDirectory())
+        accelerator = self._open.enter_context(open_accelerator(config, run_dir=Path(scratch)))
         self._device = accelerator.device.type
         self.on_gpu = self._device == "cuda"
         self._learner = Learner(config, accelerator)
@@ -158,6 +171,14 @@ class _Stages:
         for place in range(num_batches):
             self._step(self._resident[place % len(self._resident)])
 
+    def first_losses(self, num_steps: int) -> list[float]:
+        """The loss of each of the next steps on views that are there already; the host waits for each."""
+        losses = []
+        for place in range(num_steps):
+            self._step(self._resident[place % len(self._resident)])
+            losses.append(self._learner.read_metrics()["loss"])
+        return losses
+
     def load_and_learn(self, num_batches: int) -> None:
         """Steps on the loader's batches, as a run does them."""
         for batch in itertools.islice(self._views, num_batches):
@@ -190,4 +211,5 @@ class _Stages:
             num_lanes=config.lanes,
             num_threads=config.speed.loader_threads,
             prefetch=config.speed.prefetch,
+            hw_decoder_load=config.speed.hw_decoder_load,
         )

@@ -1,6 +1,7 @@
-"""The whole MoCo step against plain eager torch: time on this CPU, counts of any device."""
+"""The whole MoCo step against plain torch: time on this CPU, counts of any device. On a GPU: gpu_step.py."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,6 +29,12 @@ LR = 0.03
 
 def bench_step(setting: Setting) -> Iterator[Contest | Count]:
     """The whole step against plain eager torch: time on this CPU, counts for ResNet-50 on any device."""
+    if setting.for_gpu:
+        # That module imports this one.
+        from linerate.bench.suites.gpu_step import bench_step_on_gpu
+
+        yield from bench_step_on_gpu(setting)
+        return
     small = ("tiny-resnet-w4", 32, 8, 64)
     name, size, batch, num_keys = setting.pick(
         tiny=small, quick=("tiny-resnet", 32, 64, 4096), full=("resnet18", 64, 64, 65536)
@@ -101,22 +108,59 @@ def _trace(
 
 
 def build_sides(
-    name: str, *, num_keys: int, autocast: bool = False, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    num_keys: int,
+    autocast: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], peers.PlainMoCo]:
     """Our step as a function of the views, and the peer with the same weights and the same queue."""
+    encoder, queue = start(name, num_keys=num_keys, dtype=dtype, device=device)
+    theirs = peers.PlainMoCo(encoder, queue.keys, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, lr=LR)
+    return our_step(encoder, queue, autocast=autocast).run, theirs
+
+
+def start(
+    name: str, *, num_keys: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Encoder, KeyQueue]:
+    """An encoder and a queue, the same on every call."""
     torch.manual_seed(0)
     encoder: Encoder = build_encoder(name, dim=DIM, stem="cifar" if name.startswith("tiny") else "imagenet")
-    encoder.to(dtype)
     queue = KeyQueue(num_keys, DIM, dtype=dtype)
-    theirs = peers.PlainMoCo(encoder, queue.keys, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, lr=LR)
-    moco = train.MoCo(encoder, queue, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, bn_group=None)
-    moco.to("cpu")
+    return encoder.to(device=device, dtype=dtype), queue.to(device)
+
+
+@dataclass(frozen=True)
+class OurStep:
+    """train_step with what it needs."""
+
+    moco: train.MoCo
+    optimizer: torch.optim.Optimizer
+    run: Callable[[Tensor, Tensor], Tensor]
+    """(query views, key views) -> loss"""
+
+
+def our_step(
+    encoder: Encoder,
+    queue: KeyQueue,
+    *,
+    autocast: bool = False,
+    bn_group: int | None = None,
+    compiled: bool = False,
+) -> OurStep:
+    """The run's own step on the device of the queue. compiled: both encoders run through torch.compile."""
+    device = queue.keys.device
+    moco = train.MoCo(encoder, queue, temperature=TEMPERATURE, ema_momentum=EMA_MOMENTUM, bn_group=bn_group)
+    moco.to(device)
+    if compiled:
+        moco.query_forward, moco.key_forward = map(torch.compile, (moco.query_encoder, moco.key_encoder))
     optimizer = torch.optim.SGD(
         moco.query_encoder.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4, foreach=True
     )
     done = 0
 
-    def ours(query_images: Tensor, key_images: Tensor) -> Tensor:
+    def run(query_images: Tensor, key_images: Tensor) -> Tensor:
         nonlocal done
         metrics = train.train_step(
             moco,
@@ -124,32 +168,34 @@ def build_sides(
             key_images,
             optimizer,
             step=done,
-            autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         )
         done += 1
         return metrics.loss
 
-    return ours, theirs
+    return OurStep(moco, optimizer, run)
 
 
-def require_same_losses(name: str, *, num_keys: int, size: int, batch: int, steps: int = 5) -> str:
+def require_same_losses(
+    name: str, *, num_keys: int, size: int, batch: int, steps: int = 5, device: str = "cpu"
+) -> str:
     """What was found equal. Raises Disagreement where the loss curves part, from the same start.
 
     In float64, where sums in another order do not count: in float32 their rounding alone grew to 5e-3 in a
     loss after five steps on some CPUs. What is left is the normalisation of pixels, which the sides write
     in two forms 6e-8 apart: resnet18 at this learning rate makes 2e-4 of it; with one form it is 2e-15.
     """
-    ours, theirs = build_sides(name, num_keys=num_keys, dtype=torch.float64)
+    ours, theirs = build_sides(name, num_keys=num_keys, dtype=torch.float64, device=device)
     curves: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in range(steps):
-        views = [random_views(batch, size, seed=10 * step + view) for view in (0, 1)]
+        views = [random_views(batch, size, seed=10 * step + view, device=device) for view in (0, 1)]
         curves[0].append(ours(*views))
         curves[1].append(theirs.step(*views))
     return require_close(*curves, what=f"the losses of {steps} steps in float64", atol=1e-3)
 
 
-def random_views(batch: int, size: int, *, seed: int) -> Tensor:
+def random_views(batch: int, size: int, *, seed: int, device: str = "cpu") -> Tensor:
     """(N, 3, S, S) uint8 with channels_last strides."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
-    return pixels.permute(0, 3, 1, 2)
+    return pixels.to(device).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The parts of the MoCo step on the CPU, held against the reference's forms; counts are of any device.
+"""The parts of the MoCo step on one device, held against the reference's forms; counts are of any device.
 
 Legend: N queries, K keys, C dimensions.
 """
@@ -22,17 +22,21 @@ from linerate.train.key_queue import KeyQueue
 DIM = 128
 TEMPERATURE = 0.07
 EMA_MOMENTUM = 0.999
+MAX_ENQUEUE_US = 10
+NUM_CAPTURED = 20
 
 
 def bench_ema(setting: Setting) -> Iterator[Contest]:
     """The key encoder's update of ResNet-50 with its head, 161 tensors."""
     name = setting.pick(tiny="tiny-resnet-w4", quick="resnet50", full="resnet50")
     torch.manual_seed(0)
-    query = [p.detach() for p in build_encoder(name, dim=DIM).parameters()]
+    device = setting.device
+    query = [p.detach().to(device) for p in build_encoder(name, dim=DIM).parameters()]
     start = [torch.randn_like(p) for p in query]
     num_bytes = 4 * sum(p.numel() for p in query)
     # Two reads and one write of as many bytes, in one run: what any update must do.
-    source, target = torch.ones(num_bytes // 4), torch.zeros(num_bytes // 4)
+    source, target = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
+    work = f"{name} + {DIM}-D head, {len(query)} tensors of {num_bytes / 1e6:.0f} MB"
     forms: dict[str, tuple[Callable[..., None], float]] = {
         "the reference's per-tensor loop": (peers.ema_loop, 3.3),
         "lightly's foreach mul-add": (peers.ema_foreach, 1.5),
@@ -57,7 +61,7 @@ def bench_ema(setting: Setting) -> Iterator[Contest]:
 
         yield Contest(
             peer=peer,
-            work=f"{name} + {DIM}-D head, {len(query)} tensors of {num_bytes / 1e6:.0f} MB, {name_threads()}",
+            work=f"{work}, {name_place(device)}",
             unit="updates/s",
             amount=1,
             ours=Side(run=run_ours),
@@ -72,8 +76,8 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     """One step's keys into the queue; the reference copies the queue for the logits and reads its pointer."""
     num_keys, num_new = setting.pick(tiny=(64, 8), quick=(65536, 256), full=(65536, 256))
     generator = torch.Generator().manual_seed(0)
-    new_keys = normalize(torch.randn(num_new, DIM, generator=generator))
-    queue = KeyQueue(num_keys, DIM, generator=generator)
+    new_keys = normalize(torch.randn(num_new, DIM, generator=generator)).to(setting.device)
+    queue = KeyQueue(num_keys, DIM, generator=generator).to(setting.device)
     reference = peers.ReferenceQueue(queue.keys)
 
     def run_ours() -> None:
@@ -98,13 +102,23 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     size = num_keys * DIM * 4 / 2**20
     yield Contest(
         peer=peer,
-        work=f"{work} ({size:.0f} MiB), {name_threads()}",
+        work=f"{work} ({size:.0f} MiB), {name_place(setting.device)}",
         unit="enqueues/s",
         amount=1,
         ours=Side(run=run_ours),
         theirs=Side(run=run_theirs),
         agree=agree,
     )
+    if setting.device == "cuda":
+        yield Contest(
+            peer=None,
+            work=f"{work}, {NUM_CAPTURED} in one captured graph, {name_place(setting.device)}",
+            unit="enqueues/s",
+            amount=NUM_CAPTURED,
+            ours=Side(run=captured(run_ours, times=NUM_CAPTURED)),
+            bar=Bar(1e6 / MAX_ENQUEUE_US, of="ours", full_size=setting.size == "full"),
+            note=f"the bar is {MAX_ENQUEUE_US} us of the GPU's time",
+        )
     ours, theirs = (count_side(side, large_numel=num_keys * DIM) for side in (run_ours, run_theirs))
     none = Bar(0, of="ours", at_most=True)
     yield Count(
@@ -119,7 +133,8 @@ def bench_infonce(setting: Setting) -> Iterator[Contest | Count]:
     """Loss, its gradient and the pretext accuracy."""
     num, num_keys = setting.pick(tiny=(4, 64), quick=(256, 8192), full=(256, 65536))
     generator = torch.Generator().manual_seed(0)
-    rows = [normalize(torch.randn(n, DIM, generator=generator)) for n in (num, num, num_keys)]
+    drawn = [torch.randn(n, DIM, generator=generator) for n in (num, num, num_keys)]
+    rows = [normalize(row.to(setting.device)) for row in drawn]
     query, key, negatives = rows[0].requires_grad_(), normalize(rows[0].detach() + rows[1]), rows[2]
     columns = negatives.T.contiguous()
 
@@ -144,13 +159,13 @@ def bench_infonce(setting: Setting) -> Iterator[Contest | Count]:
     full_size = setting.size == "full"
     yield Contest(
         peer=peer,
-        work=f"{work}, {name_threads()}",
+        work=f"{work}, {name_place(setting.device)}",
         unit="losses/s",
         amount=1,
         ours=Side(run=run_ours),
         theirs=Side(run=run_theirs),
         agree=agree,
-        bar=Bar(2.8, full_size=full_size),
+        bar=Bar(2.8 if setting.device == "cpu" else 8.0, full_size=full_size),
         ceiling=Ceiling(
             name="its two matrix products",
             side=Side(run=lambda: query.detach() @ columns @ negatives),
@@ -192,6 +207,22 @@ def count_side(
     with counter:
         side()
     return counter
+
+
+def captured(run: Callable[[], object], *, times: int) -> Callable[[], object]:
+    """So many calls on a GPU as one graph, so that the time is the GPU's and not that of launching."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    return graph.replay
+
+
+def name_place(device: str) -> str:
+    """Where the work is done, for the record."""
+    return name_threads() if device == "cpu" else "on the GPU"
 
 
 def name_threads() -> str:

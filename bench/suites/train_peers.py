@@ -4,7 +4,8 @@ Legend: N queries, K keys, C dimensions. Source: facebookresearch/moco (v1), one
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class ReferenceQueue:
     def __init__(self, keys: Tensor) -> None:
         """keys: (K, C), copied."""
         self.queue = keys.T.contiguous()
-        self.pointer = torch.zeros(1, dtype=torch.long)
+        self.pointer = torch.zeros(1, dtype=torch.long, device=keys.device)
 
     def for_logits(self) -> Tensor:
         """(C, K): a copy, since the queue changes before the backward pass reads it."""
@@ -71,13 +72,27 @@ class PlainMoCo:
     """The whole step as one would write it in plain eager torch: channels_last, foreach SGD and EMA."""
 
     def __init__(
-        self, encoder: nn.Module, keys: Tensor, *, temperature: float, ema_momentum: float, lr: float
+        self,
+        encoder: nn.Module,
+        keys: Tensor,
+        *,
+        temperature: float,
+        ema_momentum: float,
+        lr: float,
+        compiled: bool = False,
     ) -> None:
-        """encoder: (N, 3, S, S) normalised floats -> (N, C); copied twice. keys: (K, C), copied."""
+        """encoder: (N, 3, S, S) normalised floats -> (N, C); copied twice. keys: (K, C), copied.
+
+        Both on one device. compiled: both encoders run through torch.compile.
+        """
         self.query_encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
         self.key_encoder = copy.deepcopy(self.query_encoder)
         for parameter in self.key_encoder.parameters():
             parameter.requires_grad = False
+        self.query_forward: Callable[[Tensor], Tensor] = self.query_encoder
+        self.key_forward: Callable[[Tensor], Tensor] = self.key_encoder
+        if compiled:
+            self.query_forward, self.key_forward = map(torch.compile, (self.query_encoder, self.key_encoder))
         self.queue = ReferenceQueue(keys)
         self.temperature, self.ema_momentum = temperature, ema_momentum
         # foreach is what SGD takes by itself on a GPU; on a CPU it would loop.
@@ -85,15 +100,16 @@ class PlainMoCo:
             self.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, foreach=True
         )
         self.dtype = keys.dtype
-        self.mean = torch.tensor(IMAGENET_MEAN, dtype=self.dtype).view(1, 3, 1, 1)
-        self.std = torch.tensor(IMAGENET_STD, dtype=self.dtype).view(1, 3, 1, 1)
+        like: dict[str, Any] = {"dtype": self.dtype, "device": keys.device}
+        self.mean = torch.tensor(IMAGENET_MEAN, **like).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, **like).view(1, 3, 1, 1)
 
     def step(self, query_images: Tensor, key_images: Tensor, *, autocast: bool = False) -> Tensor:
         """The loss of one iteration on (N, 3, S, S) uint8 views."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            query = F.normalize(self.query_encoder(self.normalise(query_images)), dim=1)
+        with torch.autocast(query_images.device.type, torch.bfloat16, enabled=autocast):
+            query = F.normalize(self.query_forward(self.normalise(query_images)), dim=1)
             with torch.no_grad():
-                key = F.normalize(self.key_encoder(self.normalise(key_images)), dim=1)
+                key = F.normalize(self.key_forward(self.normalise(key_images)), dim=1)
             # The logits keep float32, as ours do.
         loss, _, _ = infonce_cat(query.to(self.dtype), key.to(self.dtype), self.queue.queue, self.temperature)
         self.optimizer.zero_grad()
@@ -108,3 +124,41 @@ class PlainMoCo:
     def normalise(self, images: Tensor) -> Tensor:
         """ToTensor and Normalize on a batch."""
         return (images.to(self.dtype) / 255 - self.mean) / self.std
+
+
+class LightlyMoCo:
+    """The step of lightly's parts, as its MoCo example puts them together."""
+
+    def __init__(self, encoder: nn.Module, *, num_keys: int, dim: int, temperature: float, lr: float) -> None:
+        """encoder: (N, 3, S, S) normalised floats -> (N, C), on its device; copied twice."""
+        from lightly.loss import NTXentLoss
+        from lightly.models.utils import deactivate_requires_grad
+
+        self.query_encoder, self.key_encoder = copy.deepcopy(encoder), copy.deepcopy(encoder)
+        deactivate_requires_grad(self.key_encoder)
+        self.device = next(self.query_encoder.parameters()).device
+        self.criterion = NTXentLoss(temperature=temperature, memory_bank_size=(num_keys, dim)).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4
+        )
+        self.mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
+
+    def step(
+        self, query_images: Tensor, key_images: Tensor, *, ema_momentum: float, autocast: bool
+    ) -> Tensor:
+        """The loss of one iteration on (N, 3, S, S) uint8 views."""
+        from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+
+        update_momentum(self.query_encoder, self.key_encoder, m=ema_momentum)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            query = self.query_encoder((query_images / 255 - self.mean) / self.std)
+            with torch.no_grad():
+                shuffled, order = batch_shuffle((key_images / 255 - self.mean) / self.std)
+                key = batch_unshuffle(self.key_encoder(shuffled), order)
+            loss = self.criterion(query, key.detach())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        detached: Tensor = loss.detach()
+        return detached

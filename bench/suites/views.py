@@ -10,7 +10,10 @@ import torch
 
 from linerate.bench.contest import Bar, Ceiling, Contest, Disagreement, Setting
 from linerate.bench.images import ImageFolder, load_images
+from linerate.bench.record import Record
+from linerate.bench.suites.gpu_views import bench_views_on_gpu
 from linerate.bench.suites.pillow_views import PillowViews
+from linerate.bench.suites.view_backends import bench_backends
 from linerate.bench.timing import Side, one_core
 from linerate.pipeline.draws import draw_views
 from linerate.pipeline.encoded import EncodedBatch
@@ -44,8 +47,14 @@ class Work:
         )
 
 
-def bench_views(setting: Setting) -> Iterator[Contest]:
-    """Recipes v2 and v1 against what lightly does with them."""
+def bench_views(setting: Setting) -> Iterator[Contest | Record]:
+    """Recipes v2 and v1 against what lightly does with them; or the backends that were asked for."""
+    if setting.backends:
+        yield from bench_backends(setting, setting.backends)
+        return
+    if setting.for_gpu:
+        yield from bench_views_on_gpu(setting)
+        return
     full_size = setting.size == "full"
     for name in setting.pick(tiny=("v2",), quick=("v2",), full=("v2", "v1")):
         with one_core():

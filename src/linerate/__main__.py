@@ -9,9 +9,22 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "shard": ("linerate.shards.cli", "main", "pack images into WebDataset tars; verify, inspect, preview"),
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
+    "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn"),
-    "export": ("linerate.train.cli", "main_export", "write the encoder for torchvision, timm or safetensors"),
+    "export": (
+        "linerate.train.cli",
+        "main_export",
+        "write the encoder for torchvision, timm, detectron2, ...",
+    ),
+    "import": ("linerate.train.weights_cli", "main_import", "make a run of an official MoCo checkpoint"),
+    "features": ("linerate.train.evaluate.features_cli", "main", "write the embeddings of a set of shards"),
+    "neighbours": (
+        "linerate.train.evaluate.neighbours_cli",
+        "main",
+        "a page of images with their nearest ones",
+    ),
     "bench": ("linerate.bench.cli", "main", "measure throughput; compare two records"),
+    "anchors": ("linerate.train.anchors_cli", "main", "the published numbers, and which were run here"),
     "demo": (
         "linerate.bench.demo",
         "main",

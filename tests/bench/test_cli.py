@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from linerate.bench import cli, registry
+from linerate.bench import cli, isolated, registry
 from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
-from linerate.bench.record import append_jsonl, load_jsonl
+from linerate.bench.record import Record, append_jsonl, load_jsonl
 from linerate.bench.timing import Side
 from linerate.shards.errors import UserError
 
@@ -101,6 +101,8 @@ def test_a_missing_peer_is_told_but_is_no_failure(capsys: pytest.CaptureFixture[
         (["compare", "a.jsonl", "b.jsonl"], "there is no results file"),
         (["compare", "a.jsonl", "b.jsonl", "--tolerance", "5"], "is no share"),
         (["rum"], "did you mean `run`"),
+        (["run", "squares", "--backends", "dali"], "--backends are of `views` alone"),
+        (["run", "squares", "--within-s", "5"], "--within-s 5 is for --suite gpu"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(argv: list[str], message: str):
@@ -113,7 +115,7 @@ def test_list_names_every_benchmark_and_suite(capsys: pytest.CaptureFixture[str]
     listed = json.loads(capsys.readouterr().out)
     assert list(listed["benchmarks"]) == ["squares", "disagreeing", "orphan"]
     assert listed["benchmarks"]["squares"]["about"] == "the toy squares"
-    assert set(listed["suites"]) == {"quick", "cpu"}
+    assert set(listed["suites"]) == {"quick", "cpu", "gpu"}
     assert cli.main(["list"]) == 0
     assert "disagreeing" in capsys.readouterr().out
 
@@ -150,3 +152,49 @@ def test_the_cpu_suite_leaves_out_what_takes_an_hour_unless_it_is_named(
     for names in ([], ["plan"]):
         cli.main(["run", *names, "--json"])
     assert ran == ["ema", "plan"]
+
+
+def test_each_benchmark_of_the_gpu_suite_gets_a_process_and_what_is_left_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    called: list[tuple[str, tuple[str, ...], float]] = []
+
+    def note(name: str, options: list[str], *, suite: str, limit_s: float) -> Iterator[Record]:
+        called.append((name, tuple(options[:3]), limit_s))
+        yield Record(
+            name=name, peer=None, work="w", unit="x/s", ours=1234567.0, suite=suite, machine={"a": 1}
+        )
+
+    suite = dataclasses.replace(
+        registry.SUITES["gpu"], limits_s={"squares": 3.0, "to-come": 3.0, "orphan": 9.0}
+    )
+    monkeypatch.setitem(registry.SUITES, "gpu", suite)
+    monkeypatch.setattr(isolated, "run_isolated", note)
+    assert cli.main(["run", "--suite", "gpu", "--tiny", "--rounds", "8", "--within-s", "5"]) == 0
+    assert [(name, options) for name, options, _ in called] == [
+        ("squares", ("--tiny", "--rounds", "8")),
+        ("orphan", ("--tiny", "--rounds", "8")),
+    ]
+    assert called[0][2] == 3.0
+    assert 0 < called[1][2] <= 5.0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["name"] for line in lines] == ["squares", "orphan"]
+    assert lines[0] == {"name": "squares", "kind": "time", "work": "w", "unit": "x/s", "ours": 1234600.0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["views", "--backends", "dalli"], "no backend to measure `dalli`; did you mean `dali`"),
+        (["views", "--backends", "synthetic"], "no backend to measure `synthetic`"),
+        (["views", "--recipe", "v1"], "--recipe v1 needs --backends"),
+        (["views", "--suite", "gpu"], "needs a CUDA device, and torch sees none"),
+    ],
+)
+def test_what_views_cannot_measure_is_one_clear_line(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(registry, "BENCHMARKS", {"views": registry.BENCHMARKS["squares"]})
+    with pytest.raises(UserError, match=message):
+        cli.main(["run", *argv])

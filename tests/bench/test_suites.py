@@ -18,7 +18,7 @@ from linerate.bench.contest import Disagreement, Setting
 from linerate.bench.images import copy_folder, load_images
 from linerate.bench.record import Record, results_table
 from linerate.bench.registry import BENCHMARKS, run_benchmark
-from linerate.bench.suites import shards, step, step_parts, views
+from linerate.bench.suites import gpu_views, shards, step, step_parts, view_backends, views
 from linerate.bench.suites.shard_peers import require_same_samples
 from linerate.bench.suites.shard_resizers import (
     MISSING_IMG2DATASET,
@@ -39,6 +39,11 @@ def _one_thread_and_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Itera
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINERATE_BENCH_CACHE", str(tmp_path_factory.getbasetemp() / "bench-images"))
+        # A C++ compiler takes minutes for what a GPU's takes seconds; the form beside it is eager.
+        patch.setattr(torch, "compile", lambda module: module)
+        # Workers of DataLoaders start in seconds, which these tests would wait for many times.
+        patch.setattr(view_backends, "usable_cores", lambda: 1)
+        patch.setattr(gpu_views, "usable_cores", lambda: 1)
         yield
     torch.set_num_threads(threads)
     gc.collect()

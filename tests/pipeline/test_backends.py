@@ -290,38 +290,3 @@ def test_a_header_that_promises_a_larger_image_does_no_harm(form, make_sample):
     plain = only(draws, None)
     views, _ = views_of_draws([jpeg] * 8, (plain, plain), size=SIZE, form=form)
     assert views.shape == (8, SIZE, SIZE, 3)
-
-
-@pytest.mark.gpu
-def test_views_on_a_gpu_are_held_safely_and_near_the_reference(jpegs):
-    views = DaliViews(
-        recipe=find_recipe("v2", size=SIZE), seed=5, batch=6, device="cuda", num_threads=2, prefetch=2
-    )
-    fetch, held = Fetch(jpegs, 6), []
-    for epoch in range(5):
-        for batch in views.run(fetch, range(4), epoch=epoch):
-            torch.cuda._sleep(10_000_000)
-            held.append((batch.query, batch.query.clone()))
-            assert batch.query.is_contiguous(memory_format=torch.channels_last)
-    assert all(torch.equal(view, copy) for view, copy in held)
-    ours = pixels(views.run(fetch, range(4), epoch=0))
-    reference = pixels(torchvision().run(fetch, range(4), epoch=0))
-    for one, other in zip(ours, reference, strict=True):
-        assert (one.cpu().int() - other.int()).abs().float().mean() < 1.0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
-def test_a_gpu_goes_on_after_a_bad_image(jpegs, hw_decoder_load):
-    views = DaliViews(
-        recipe=find_recipe("v2", size=SIZE),
-        seed=5,
-        batch=6,
-        device="cuda",
-        num_threads=2,
-        prefetch=2,
-        hw_decoder_load=hw_decoder_load,
-    )
-    with pytest.raises(UndecodableImages, match="000000000113"):
-        list(views.run(Fetch(cut(jpegs, 13), 6), range(4), epoch=0))
-    assert len(list(views.run(Fetch(jpegs, 6), range(4), epoch=0))) == 4

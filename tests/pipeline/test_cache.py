@@ -567,11 +567,17 @@ def test_missing_credentials_say_where_they_are_looked_for(tmp_path, monkeypatch
         open_shards("s3://bucket/in", CacheOptions(cache_dir=tmp_path))
 
 
-def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    with pytest.raises(UserError, match=r"s3:// needs another package: pip install 'linerate\[s3\]'"):
-        open_shards("s3://bucket/in", CacheOptions(cache_dir=tmp_path))
+@pytest.mark.parametrize(
+    ("scheme", "module", "extra"),
+    [("s3", "s3fs", "s3"), ("http", "aiohttp", "http"), ("https", "aiohttp", "http")],
+)
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, scheme, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    said = rf"{scheme}:// needs another package: pip install 'linerate\[{extra}\]'"
+    with pytest.raises(UserError, match=said):
+        open_shards(f"{scheme}://bucket/in", CacheOptions(cache_dir=tmp_path))
 
 
 def test_an_unknown_protocol_names_those_that_are(tmp_path):

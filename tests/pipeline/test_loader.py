@@ -93,6 +93,18 @@ def test_every_world_size_and_restart_gives_the_same_views(catalog, backend):
             assert torch.equal(shares, getattr(whole, name)), name
 
 
+def test_a_run_that_goes_on_with_two_and_then_four_ranks_sees_the_same_views(catalog):
+    whole = list(real(catalog, "dali").epoch(1))
+    for world_size, steps in ((1, range(1)), (2, range(1, 3)), (4, range(3, 5))):
+        for rank in range(world_size):
+            loader = real(catalog, "dali", rank=rank, world_size=world_size)
+            share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+            for step, views in zip(steps, loader.epoch(1, start_step=steps.start), strict=False):
+                for name in ("query", "key", "sample_id", "position", "label"):
+                    assert torch.equal(getattr(views, name), getattr(whole[step], name)[share]), name
+            loader.close()
+
+
 @pytest.mark.parametrize("backend", ["torch", "dali"])
 def test_an_epoch_left_early_does_not_disturb_the_next(catalog, backend):
     expected = [views.query.clone() for views in real(catalog, backend).epoch(2)]

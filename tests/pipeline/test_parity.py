@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from linerate.pipeline.encoded import EncodedBatch
@@ -109,13 +108,3 @@ def test_v2_on_real_photos_lies_within_half_a_grey_level(form):
     )
     assert [one for one in found if not one.met] == []
     assert found[-1].mean <= RECIPE_MEAN_BOUND
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["v1", "v2", "v3"])
-def test_every_operation_and_the_recipe_keep_their_bounds_on_a_gpu(made, recipe):
-    assert torch.cuda.is_available(), "this test was asked for with -m gpu and there is no CUDA device"
-    # PNG, which the operations are compared on, decodes on a GPU too; CMYK JPEG does not everywhere.
-    rgb = encoded([bytes(jpeg) for jpeg in made.jpegs[:3]])
-    found = measure_parity(rgb, recipe=find_recipe(recipe, size=64), device="cuda")
-    assert [one for one in found if not one.met] == []

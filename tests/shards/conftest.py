@@ -1,13 +1,16 @@
 """Small image folders, made on the spot."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.shards.servers import s3_environment, serve_s3
 
+from linerate.shards import bucket as bucket_module
 from linerate.shards.catalog import Catalog
 from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
@@ -55,6 +58,32 @@ def read_all() -> Callable[[Path], dict[str, bytes]]:
         return {path.name: path.read_bytes() for path in files if path.name != "pack_stats.parquet"}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Of one S3 server for all tests."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with serve_s3() as running:
+        yield running
+
+
+@pytest.fixture
+def store(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The bucket `shards` of a real S3 server on loopback, empty."""
+    s3fs = pytest.importorskip("s3fs")
+    for name, value in s3_environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bucket_module, "BACKOFF_S", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()
+    made = s3fs.S3FileSystem(use_listings_cache=False)
+    if not made.exists("shards"):
+        made.mkdir("shards")
+    yield made
+    if left := made.find("shards"):
+        made.rm(left)
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

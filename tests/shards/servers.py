@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import threading
@@ -24,6 +25,8 @@ class FaultyServer(ThreadingHTTPServer):
     /long/NAME (Content-Length too small)  /lie/N/NAME (Content-Length N, then silence)
     /stall/... (headers never come)  /drip/... (a byte of the header now and then)  /headers/... (no end of
     them)  /endless/... (a body without end)  /once/NAME (the connection dies after each answer, unannounced)
+    /ranged/NAME (whole or by ranges)  /broken/N/NAME (the same, but the connection dies after N bytes)
+    /deaf/N/NAME (knows no ranges; the first answer to more than a byte dies after N bytes)
     /redirect/STATUS?to=URL  /loop/...  /status/N/...
     """
 
@@ -36,6 +39,10 @@ class FaultyServer(ThreadingHTTPServer):
         self.files = files
         self.hits: Counter[str] = Counter()
         """Requests by path."""
+        self.ranges: list[tuple[str, int, int]] = []
+        """(name, first byte, bytes sent) of every answer to /ranged and /broken."""
+        self.versions: dict[str, str] = {}
+        """ETags by name."""
         self.authorizations: list[str | None] = []
         """The Authorization header of every request."""
         self.num_connections = 0
@@ -120,6 +127,33 @@ class _Handler(BaseHTTPRequestHandler):
     def _once(self, data: bytes, words: tuple[str, ...]) -> None:
         self._head(len(data))
         self.wfile.write(data)
+
+    def _ranged(self, data: bytes, words: tuple[str, ...], limit: int | None = None) -> None:
+        if words[-1] not in self.server.files:
+            self._send(404, b"no such file")
+            return
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(found[1]), int(found[2] or len(data) - 1)) if found else (0, len(data) - 1)
+        part = data[first : last + 1]
+        if found and not part:
+            self._send(416, b"")
+            return
+        with self.server.lock:
+            self.server.ranges.append((words[-1], first, len(part[:limit])))
+        version = self.server.versions.get(words[-1], "v1")
+        status = "206 Partial Content" if found else "200 OK"
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(part)}\r\nETag: {version}\r\n"
+        if found:
+            head += f"Content-Range: bytes {first}-{first + len(part) - 1}/{len(data)}\r\n"
+        self.wfile.write(head.encode() + b"\r\n" + part[:limit])
+
+    def _broken(self, data: bytes, words: tuple[str, ...]) -> None:
+        self._ranged(data, words, int(words[0]))
+
+    def _deaf(self, data: bytes, words: tuple[str, ...]) -> None:
+        num_before = self.server.hits[self.path]
+        del self.headers["Range"]
+        self._ranged(data, words, int(words[0]) if num_before <= 2 else None)
 
     def _chunked(self, data: bytes, words: tuple[str, ...]) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -15,13 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from tests.shards.servers import serve
 
+from linerate.__main__ import main
+from linerate.shards import dedup
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.fetch_options import FetchOptions
-from linerate.shards.options import PackOptions
+from linerate.shards.options import PackOptions, Sizing
 from linerate.shards.overview import summarize
 from linerate.shards.pack import pack
+from linerate.shards.plan import make_plan
 from linerate.shards.repair import repair_shards
+from linerate.shards.sources import FolderSource
 from linerate.shards.verify import verify_shards
 
 MakeJpeg = Callable[..., bytes]
@@ -277,3 +281,121 @@ def test_keys_are_known_without_the_password_of_their_urls(make_jpeg: MakeJpeg, 
             assert b"sekret" not in path.read_bytes()
     keys = pq.read_table(out / "rejected.parquet").column("key").to_pylist()
     assert keys == [server.url("ok/a.jpg")]
+
+
+@pytest.fixture
+def renamed(photo_folder: Path, tmp_path: Path, make_jpeg: MakeJpeg) -> Path:
+    """Three files of photo_folder under other names, two equal new ones, one more, and one that is broken."""
+    root = tmp_path / "renamed"
+    root.mkdir()
+    for i in range(3):
+        shutil.copy(photo_folder / "cat" / f"000{i}.jpg", root / f"copy{i}.jpg")
+    for name, number in (("new0", 50), ("new1", 51), ("twin", 50)):
+        (root / f"{name}.jpg").write_bytes(make_jpeg(number))
+    (root / "broken.jpg").write_bytes(make_jpeg(52)[:-2])
+    return root
+
+
+BY_BYTES = PackOptions(shard_samples=8, dedup="bytes")
+
+
+def test_dedup_bytes_leaves_out_what_the_old_shards_hold_under_another_name(
+    packed: Catalog, out: Path, renamed: Path, read_all: ReadAll
+) -> None:
+    before = read_all(out)
+    catalog = pack(renamed, out, options=BY_BYTES, num_workers=0, append=True)
+    assert sample_keys(catalog) - sample_keys(packed) == {"new0.jpg", "new1.jpg"}
+    rejects = pq.read_table(out / "rejected.parquet").to_pylist()
+    told = {row["key"]: row["detail"] for row in rejects if row["reason"] == "duplicate"}
+    assert told == {f"copy{i}.jpg": f"of cat/000{i}.jpg" for i in range(3)} | {"twin.jpg": "of new0.jpg"}
+    (record,) = catalog.appends
+    assert (record["num_known"], record["num_known_bytes"], record["num_incomparable"]) == (0, 3, 0)
+    assert (record["num_samples"], record["num_planned"], record["num_rejected"]) == (2, 3, 5)
+    assert {
+        name: read_all(out)[name] for name in before if name not in CATALOG_FILES
+    }.items() <= before.items()
+    assert verify_shards(catalog, num_workers=0).ok
+    again = pack(renamed, out, options=BY_BYTES, num_workers=0, append=True)
+    assert again.appends == catalog.appends
+
+
+def sample_keys(catalog: Catalog) -> set[str]:
+    return {key for shard in range(catalog.num_shards) for key in catalog.keys(shard)}
+
+
+def test_an_append_of_known_bytes_alone_changes_nothing_and_says_so(
+    out: Path, renamed: Path, read_all: ReadAll, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in renamed.glob("[!c]*"):
+        path.unlink()
+    before = read_all(out)
+    argv = ["shard", "pack", str(renamed), str(out), "--append", "--dedup", "bytes", "--workers", "0"]
+    assert main(argv) == 0
+    assert "nothing new: the keys or the bytes of all 3 images are there" in capsys.readouterr().out
+    assert read_all(out) == before
+    assert not (out / ".pack").exists()
+
+
+def test_equals_of_images_that_were_written_anew_are_not_found_but_counted(
+    make_jpeg: MakeJpeg, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    old.mkdir()
+    for name, more in (("plain", {}), ("told", {"comment": b"hello"}), ("also", {"comment": b"you"})):
+        (old / f"{name}.jpg").write_bytes(make_jpeg(len(name), **more))
+    first = pack(old, out, options=PackOptions(strip_exif=True), num_workers=0)
+    shutil.copytree(old, new / "copy")
+    argv = ["shard", "pack", str(new), str(out), "--append", "--dedup", "bytes", "--workers", "0"]
+    assert main(argv) == 0
+    assert "2 there were written anew when packed: their equals are not found" in capsys.readouterr().out
+    catalog = Catalog.load(out)
+    assert sample_keys(catalog) - sample_keys(first) == {"copy/told.jpg", "copy/also.jpg"}
+    assert (catalog.appends[0]["num_known_bytes"], catalog.appends[0]["num_incomparable"]) == (1, 2)
+
+
+def test_an_append_by_bytes_that_was_interrupted_goes_on_with_its_hashes(
+    out: Path, renamed: Path, tmp_path: Path, read_all: ReadAll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    expected = pack(renamed, whole, options=BY_BYTES, num_workers=0, append=True)
+
+    def interrupt(stage: str, amount: float) -> None:
+        if stage == "pack":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(renamed, out, options=BY_BYTES, num_workers=0, append=True, on_progress=interrupt)
+    monkeypatch.setattr(dedup, "run_hash_task", None)
+    assert pack(renamed, out, options=BY_BYTES, num_workers=0, append=True).plan_id == expected.plan_id
+    assert read_all(out) == read_all(whole)
+
+
+def test_dedup_key_counts_the_doubles_of_an_append(out: Path, tmp_path: Path, make_jpeg: MakeJpeg) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("0000", "new"):
+        (tmp_path / "cat" / f"{name}.jpg").write_bytes(make_jpeg(60))
+    rows = ["cat/0000.jpg", "cat/new.jpg", "cat/new.jpg", "cat/new.jpg"]
+    (tmp_path / "m.csv").write_text("\n".join(["path", *rows]))
+    options = PackOptions(shard_samples=8, dedup="key")
+    (record,) = pack(tmp_path / "m.csv", out, options=options, num_workers=0, append=True).appends
+    assert (record["num_samples"], record["num_known"], record["filtered"]) == (1, 1, {"dedup": 2})
+    assert "num_known_bytes" not in record
+
+
+def test_old_hashes_without_what_an_append_compares_are_made_again(
+    out: Path, renamed: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(FolderSource(renamed), make_folder(tmp_path / "p"), seed=0, sizing=Sizing(), options={})
+    how: dict[str, Any] = {"sizing": Sizing(), "num_workers": 0, "memory": "1GB"}
+    hashes = tmp_path / "h"
+    dedup.drop_equal_images(plan, hashes, **how)
+    (file,) = hashes.glob("*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["xxh3_64"]), file)
+    plan = make_plan(FolderSource(renamed), make_folder(tmp_path / "q"), seed=0, sizing=Sizing(), options={})
+    left, _ = dedup.drop_equal_images(plan, hashes, **how)
+    assert left.num_samples == 6
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path

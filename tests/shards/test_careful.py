@@ -1,14 +1,14 @@
 """An image that kills its decoder costs itself, not its shard."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from linerate.shards import careful
-from linerate.shards.careful import CarefulJudge
-from linerate.shards.image_policy import make_judge
+from linerate.shards.careful import CarefulProcess
+from linerate.shards.image_policy import Taken, make_judge
 from linerate.shards.inspect_image import RejectedError
 from linerate.shards.options import ImagePolicy, PackOptions
 from linerate.shards.pack import pack
@@ -43,8 +43,8 @@ def _poisonable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def judge() -> Iterator[CarefulJudge]:
-    judge = CarefulJudge(POLICY)
+def judge() -> Iterator[CarefulProcess[Taken]]:
+    judge = CarefulProcess(functools.partial(make_judge, POLICY), limit_s=60.0)
     yield judge
     judge.close()
 
@@ -54,7 +54,7 @@ def poisoned(jpeg: bytes, word: str) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
 
 
-def test_it_answers_as_the_policy_does(judge: CarefulJudge, make_jpeg: MakeJpeg) -> None:
+def test_it_answers_as_the_policy_does(judge: CarefulProcess[Taken], make_jpeg: MakeJpeg) -> None:
     sound = make_jpeg(0)
     assert judge(memoryview(sound)) == make_judge(POLICY)(sound)
     with pytest.raises(RejectedError) as theirs:
@@ -76,15 +76,15 @@ def test_it_answers_as_the_policy_does(judge: CarefulJudge, make_jpeg: MakeJpeg)
     ],
 )
 def test_what_kills_the_process_is_rejected_and_the_next_image_is_judged(
-    judge: CarefulJudge, make_jpeg: MakeJpeg, word: str, how: str, monkeypatch: pytest.MonkeyPatch
+    judge: CarefulProcess[Taken], make_jpeg: MakeJpeg, word: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = make_jpeg(0)
     if word == "sleep":
         judge(sound)
-        monkeypatch.setattr(careful, "IMAGE_LIMIT_S", 0.2)
+        monkeypatch.setattr(judge, "_limit_s", 0.2)
     with pytest.raises(RejectedError, match=f"kills the decoder: {how}"):
         judge(poisoned(sound, word))
-    monkeypatch.setattr(careful, "IMAGE_LIMIT_S", 60.0)
+    monkeypatch.setattr(judge, "_limit_s", 60.0)
     assert judge(sound).header[:2] == (20, 30)
 
 

@@ -22,7 +22,7 @@ from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.gallery import GalleryReport, write_gallery
-from linerate.shards.gallery_page import Cell, rejects_section, section
+from linerate.shards.gallery_page import Cell, RejectGroup, rejects_section, section
 from linerate.shards.overview import summarize
 from linerate.shards.pack import pack
 from linerate.shards.terminal import visible
@@ -193,12 +193,14 @@ def test_what_does_not_decode_is_on_the_page_with_the_reason(tagged: Catalog, tm
 
 @given(st.text(), st.text(), st.text())
 def test_any_text_comes_back_from_the_page_as_it_can_be_seen(key: str, group: str, reason: str) -> None:
-    cell = Cell(key=key, class_name=group, facts=reason, more="", image="", trouble=None)
-    page = Page(section(0, group, 1, [cell]) + rejects_section([(reason, 2, [key])]))
-    tags = (
-        "section h2 small div figure div img figcaption div bdi div section h2 small details summary small ul"
-    )
-    assert [name for name, _ in page.tags] == [*tags.split(), "li", "li"]
+    cell = Cell(key=key, class_name=group, facts=reason, more="", image="", trouble=None, note=reason)
+    rejects = RejectGroup(reason=reason, count=3, shown=[cell], listed=[key])
+    page = Page(section(0, group, 1, [cell]) + rejects_section([rejects], note=reason))
+    figure = ["figure", "div", "img", "figcaption", "div", "bdi", "div", *["div"] * bool(reason)]
+    assert [name for name, _ in page.tags] == [
+        *["section", "h2", "small", "div", *figure, "section", "h2", "small", *["p"] * bool(reason)],
+        *["details", "summary", "small", "div", *figure, "ul", "li", "li"],
+    ]
     assert page.all("figure")[0]["title"].startswith(visible(key))
     assert visible(group) in "".join(page.text)
     assert visible(reason) in "".join(page.text)

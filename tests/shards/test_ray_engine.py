@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,3 +165,34 @@ def test_an_address_where_nothing_listens_is_told_at_once(monkeypatch: pytest.Mo
             on_done=print,
             engine=Engine(kind="ray", ray_address=f"127.0.0.1:{port}"),
         )
+
+
+def test_progress_that_was_lost_with_a_node_comes_with_the_result() -> None:
+    told: list[int] = []
+    results: list[tuple[int, Any]] = []
+    ray = SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(TaskCancelledError=OSError))
+    run = ray_engine._Run(ray, "", [None], lambda *done: results.append(done), told.append, lambda *_: None)
+    run.flying[("done", ("shard", 20))] = ray_engine._Attempt(0, 1, reported=8)
+    run._settle(("done", ("shard", 20)))
+    assert (told, results) == ([12], [(0, "shard")])
+
+
+@pytest.mark.parametrize(("mode", "hint"), [("", True), ("token", False)])
+def test_a_cluster_that_asks_for_a_token_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, mode: str, hint: bool
+) -> None:
+    class AuthenticationError(Exception):
+        pass
+
+    def init(*args: Any, **named: Any) -> None:
+        raise AuthenticationError("token is missing\nNote: ...")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    exceptions = SimpleNamespace(RayError=AuthenticationError)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=exceptions)
+    with (
+        pytest.raises(UserError, match=r"the Ray cluster at auto cannot .* \(token is missing\)") as told,
+        ray_engine._connected(ray, "auto", None),
+    ):
+        pass
+    assert ("RAY_AUTH_MODE=token where it asks for a token" in str(told.value)) is hint

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.shards.servers import s3_environment, serve_s3
 
 from linerate.shards import bucket as bucket_module
 from linerate.shards.bucket import Bucket
@@ -23,30 +22,9 @@ from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
 
 s3fs = pytest.importorskip("s3fs")
-pytest.importorskip("moto.server")
 
 ReadAll = Callable[[Path], dict[str, bytes]]
 OPTIONS = PackOptions(seed=7, min_shards=3)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with serve_s3() as running:
-        yield running
-
-
-@pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The bucket `shards`, empty."""
-    for name, value in s3_environment(endpoint).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bucket_module, "BACKOFF_S", 0.01)
-    s3fs.S3FileSystem.clear_instance_cache()
-    made = s3fs.S3FileSystem(use_listings_cache=False)
-    made.mkdir("shards")
-    yield made
-    made.rm("shards", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +266,9 @@ def test_staging_that_cannot_be_written_is_refused(store: Any, photo_folder: Pat
         pack_there(photo_folder, tmp_path, staging=tmp_path / "file")
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_shards_in_a_bucket_are_not_looked_at_there(command: str) -> None:
+def test_a_beton_is_not_made_of_shards_in_a_bucket(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="aws s3 cp --recursive s3://shards/in1k FOLDER"):
-        main([command, "s3://shards/in1k"])
+        main(["beton", "s3://shards/in1k", str(tmp_path / "x.beton")])
 
 
 def test_the_command_tells_what_lies_there(
@@ -308,3 +285,13 @@ def test_the_command_tells_what_lies_there(
 def test_ray_needs_a_staging_folder_that_all_nodes_share(photo_folder: Path) -> None:
     with pytest.raises(UserError, match="--engine ray with OUT s3://shards/in1k needs --staging"):
         pack(photo_folder, "s3://shards/in1k", engine=Engine(kind="ray"))
+
+
+def test_a_missing_bucket_of_google_is_told_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(path: str, detail: bool) -> None:
+        raise FileNotFoundError("b/absent/o")
+
+    bucket = Bucket("s3://absent/x")
+    monkeypatch.setattr(bucket._store, "find", find)
+    with pytest.raises(UserError, match="s3://absent/x: b/absent/o; make the bucket first"):
+        bucket.sizes()

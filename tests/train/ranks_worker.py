@@ -4,6 +4,7 @@ python ranks_worker.py WORLD_SIZE OUT
 """
 
 import copy
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,11 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from linerate.train.collectives import gather_rows
 from linerate.train.encoder import build_encoder
+from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
+from linerate.train.memory_bank import MemoryBank
+from linerate.train.negatives import KeyDictionary
 from linerate.train.shuffle_bn import KeyShuffle, encode_by_group
 from linerate.train.step import MoCo, train_step
 
 GROUP, GROUPS_A_RANK, SIDE, KEYS, DIM = 4, 2, 8, 30, 8
+# An odd number, so that the ranks hold different numbers of a bank's rows.
+SAMPLES = 45
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 class Traffic:
@@ -87,14 +94,33 @@ def check_within_rank(rank: int, world_size: int, traffic: Traffic) -> None:
     assert traffic.calls == {"all_gather_into_tensor": 1}
 
 
-def build(rank: int, world_size: int, block: int | None) -> tuple[MoCo, torch.optim.Optimizer]:
+def build(
+    rank: int,
+    world_size: int,
+    block: int | None,
+    *,
+    dictionary: KeyDictionary | None = None,
+    symmetric: bool = False,
+) -> tuple[MoCo, torch.optim.Optimizer]:
     torch.manual_seed(0)
     encoder = build_encoder("tiny-resnet-w4", dim=DIM, stem="cifar").double()
-    queue = KeyQueue(KEYS, DIM, dtype=torch.float64)
-    shuffle = KeyShuffle(seed=7, block=block, rank=rank, world_size=world_size)
-    moco = MoCo(encoder, queue, temperature=0.2, ema_momentum=0.9, bn_group=GROUP, shuffle=shuffle)
+    moco = MoCo(
+        encoder,
+        dictionary or KeyQueue(KEYS, DIM, dtype=torch.float64),
+        temperature=0.2,
+        symmetric=symmetric,
+        ema_momentum=0.9,
+        bn_group=GROUP,
+        shuffle=KeyShuffle(seed=7, block=block, rank=rank, world_size=world_size),
+    )
     sgd = torch.optim.SGD(encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4, foreach=True)
     return moco, sgd
+
+
+def wrap(moco: MoCo) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        moco.query_forward = DistributedDataParallel(moco.query_encoder, broadcast_buffers=False)
 
 
 def check_training(
@@ -103,9 +129,7 @@ def check_training(
     """The same losses, encoders and queue as one device with as many groups, to 1e-5."""
     num = GROUP * GROUPS_A_RANK * world_size
     (alone, alone_sgd), (moco, sgd) = build(0, 1, block), build(rank, world_size, block)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        moco.query_forward = DistributedDataParallel(moco.query_encoder, broadcast_buffers=False)
+    wrap(moco)
     for step in range(4):
         views = pixels(num, seed=10 + step), pixels(num, seed=20 + step)
         mine = [own(view, rank, world_size) for view in views]
@@ -146,6 +170,104 @@ def check_keys_by_group(rank: int, world_size: int) -> None:
     torch.testing.assert_close(keys, expected)
 
 
+def load_plain() -> Any:
+    path = Path(__file__).with_name("plain_dictionaries.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def require_plain(mine: nn.Module, other: nn.Module) -> None:
+    for here, there in zip(mine.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(here, there, **EXACT)
+
+
+def mean_loss(loss: Tensor, world_size: int) -> Tensor:
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / world_size
+
+
+def check_encoding_dictionary(
+    rank: int,
+    world_size: int,
+    traffic: Traffic,
+    *,
+    end_to_end: bool,
+    symmetric: bool,
+    micro_batch: int | None = None,
+) -> None:
+    """End-to-end and the symmetric queue on many ranks are their plain forms on one device, to 1e-9."""
+    plain, num = load_plain(), GROUP * GROUPS_A_RANK * world_size
+    torch.manual_seed(1)
+    dictionary = InBatch() if end_to_end else KeyQueue(KEYS, DIM, dtype=torch.float64)
+    moco, sgd = build(rank, world_size, None, dictionary=dictionary, symmetric=symmetric)
+    about = {"t": 0.2, "lr": 0.03, "group": GROUP}
+    if isinstance(dictionary, KeyQueue):
+        truth = plain.SymmetricQueue(moco.query_encoder, dictionary.keys, m=0.9, **about)
+    else:
+        truth = plain.EndToEnd(moco.query_encoder, **about)
+    wrap(moco)
+    for step in range(3):
+        one, two = pixels(num, seed=30 + step), pixels(num, seed=40 + step)
+        turns = range(2 * step, 2 * step + 2) if symmetric else [step]
+        shuffles = [moco.shuffle.permutation(turn, global_batch=num) for turn in turns]
+        traffic.reset()
+        mine = own(one, rank, world_size), own(two, rank, world_size)
+        metrics = train_step(moco, *mine, sgd, step=step, micro_batch=micro_batch)
+        directions = 2 if symmetric else 1
+        # Each key forward: one exchange, one gather; end-to-end one sum of the keys' gradient besides.
+        assert sum(traffic.calls.values()) <= directions * (3 if end_to_end else 2)
+        if isinstance(dictionary, KeyQueue):
+            expected = truth.iterate(one, two, *shuffles)
+            torch.testing.assert_close(dictionary.keys, torch.stack(truth.queue), **EXACT)
+            require_plain(moco.key_encoder, truth.f_k)
+        else:
+            views = [(two, one), (one, two)] if symmetric else [(one, two)]
+            expected = truth.iterate(views, shuffles)
+        torch.testing.assert_close(mean_loss(metrics.loss, world_size), expected, **EXACT)
+        require_plain(moco.query_encoder, truth.f_q)
+
+
+def check_memory_bank(rank: int, world_size: int, traffic: Traffic, *, loss: Any) -> None:
+    """Rows over all ranks are the plain bank; what is saved moves to another number of ranks."""
+    plain, num = load_plain(), GROUP * GROUPS_A_RANK * world_size
+    options: Any = {"loss": loss, "seed": 3, "dtype": torch.float64}
+    bank = MemoryBank(SAMPLES, KEYS, DIM, rank=rank, world_size=world_size, **options)
+    alone = MemoryBank(SAMPLES, KEYS, DIM, **options)
+    moco, sgd = build(rank, world_size, None, dictionary=bank)
+    about = {"t": 0.2, "lr": 0.03, "group": GROUP, "momentum": 0.5, "nce": loss == "nce"}
+    truth = plain.Bank(moco.query_encoder, alone.bank[:-1], **about)
+    wrap(moco)
+    for step in range(3):
+        images, position = pixels(num, seed=50 + step), torch.arange(num) * 2 % SAMPLES
+        mine = own(images, rank, world_size)
+        traffic.reset()
+        metrics = train_step(moco, mine, mine, sgd, step=step, position=own(position, rank, world_size))
+        # Positions, rows, queries; NCE sums Z once.
+        assert sum(traffic.calls.values()) == 3 + (loss == "nce" and step == 0)
+        expected = truth.iterate(images, position, bank.draws(step))
+        torch.testing.assert_close(mean_loss(metrics.loss, world_size), expected, **EXACT)
+        require_plain(moco.query_encoder, truth.f_q)
+        torch.testing.assert_close(bank.bank[:-1], truth.bank[bank.first :][: bank.num_rows], **EXACT)
+        assert not bank.bank[-1].any()
+    state = moco.state_dict()
+    if rank == 0:
+        torch.testing.assert_close(state["dictionary.bank"], truth.bank, **EXACT)
+        one, _ = build(0, 1, None, dictionary=alone)
+        one.load_state_dict(state)
+        assert torch.equal(alone.bank[:-1], state["dictionary.bank"])
+        assert torch.equal(alone.log_z, bank.log_z)
+    # A checkpoint is read by every rank; here rank 0 hands it over.
+    whole = truth.bank.clone()
+    bank.bank.zero_()
+    moco.load_state_dict(state | {"dictionary.bank": whole})
+    assert torch.equal(bank.bank[:-1], whole[bank.first :][: bank.num_rows])
+
+
 def main(world_size: int, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -158,6 +280,12 @@ def main(world_size: int, out: Path) -> None:
     check_keys_by_group(rank, world_size)
     check_training(rank, world_size, traffic, block=None, micro_batch=None)
     check_training(rank, world_size, traffic, block=GROUP * GROUPS_A_RANK, micro_batch=GROUP)
+    check_encoding_dictionary(rank, world_size, traffic, end_to_end=True, symmetric=False)
+    check_encoding_dictionary(rank, world_size, traffic, end_to_end=True, symmetric=True)
+    check_encoding_dictionary(rank, world_size, traffic, end_to_end=False, symmetric=True)
+    check_encoding_dictionary(rank, world_size, traffic, end_to_end=False, symmetric=True, micro_batch=GROUP)
+    check_memory_bank(rank, world_size, traffic, loss="infonce")
+    check_memory_bank(rank, world_size, traffic, loss="nce")
     dist.barrier()
     dist.destroy_process_group()
     (out / f"rank-{rank}.txt").write_text(f"rank {rank} of {world_size} agrees")

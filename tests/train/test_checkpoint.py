@@ -237,3 +237,37 @@ def test_a_checkpoint_without_its_shards_still_loads(shards: Catalog, tmp_path: 
     found = load_checkpoint(path)
     assert found.trained_on is None
     require_same_run(found, CONFIG, shards, run_dir=tmp_path)
+
+
+def test_milestones_stay_for_ever_and_count_as_none_of_the_newest(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=2, milestone=step % 3 == 0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        f"step-{step:09}.pt" for step in (8, 7, 6, 3)
+    ]
+    # Another cadence later, as after --resume with other flags, drops none of the old ones.
+    for step in (9, 10):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:09}.pt" for step in (10, 6, 3)]
+    assert load_checkpoint(tmp_path / "step-000000003.pt").step == 3
+
+
+def test_a_broken_one_of_a_later_step_takes_no_place_of_a_whole_one(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, _checkpoint(9), keep=1).write_bytes(b"cut")
+    for step in (4, 5):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=1)
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert (found[0].step, len(found[1])) == (5, 1)
+
+
+def test_a_scaler_is_saved_and_a_checkpoint_of_before_has_none(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    path = save_checkpoint(tmp_path, dataclasses.replace(_checkpoint(1), scaler=scaler.state_dict()), keep=1)
+    found = load_checkpoint(path).scaler
+    assert found is not None
+    assert found["scale"] == 512.0
+    state = torch.load(path, weights_only=True)
+    del state["scaler"]
+    torch.save(state, path)
+    assert load_checkpoint(path).scaler is None

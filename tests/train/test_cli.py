@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import fsspec
@@ -7,9 +8,10 @@ from tests.train.small import SMALL
 
 from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
-from linerate.train.cli import parse_train
+from linerate.train.cli import damage_rows, parse_train
 from linerate.train.pretrain import pretrain
 from linerate.train.recipes import RECIPES
+from linerate.train.run_folder import Damage
 
 
 def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -68,12 +70,36 @@ def test_a_dry_run_tells_the_plan_as_json(capsys: pytest.CaptureFixture[str]) ->
     assert told["config"]["recipe"] == "ig1b-v1"
 
 
+def test_a_dry_run_tells_what_a_dictionary_takes_and_which_fields_it_ignores(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "ig1b-v1", "--dictionary", "memory-bank", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["memory_bytes"]["memory bank"] == (940_000_000 + 1) * 128 * 4
+    assert told["chance_loss"] == pytest.approx(math.log(65537))
+    assert main(["train", "in1m-v1", "--dictionary", "end-to-end", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["chance_loss"] == pytest.approx(math.log(256))
+    assert told["idle_fields"][0].startswith("num_keys: ")
+    assert main(["train", "in1m-v1-end-to-end", "--dry-run"]) == 0
+    assert "does nothing here" in capsys.readouterr().out
+
+
+def test_flags_choose_dictionary_loss_and_micro_batch() -> None:
+    words = "--dictionary memory-bank --bank-loss infonce --bank-momentum 0.4 --micro-batch 128"
+    _, config = parse_train(["cifar10", *words.split()])
+    assert (config.dictionary.dictionary, config.dictionary.bank_momentum) == ("memory-bank", 0.4)
+    assert config.speed.micro_batch == 128
+    _, config = parse_train(["cifar10", "--symmetric", "--queue-dtype", "bf16"])
+    assert (config.loss.symmetric, config.dictionary.queue_dtype) == (True, "bf16")
+
+
 def test_a_dry_run_over_shards_counts_them(shards: Catalog, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--global-batch", "16", "--scale-lr", "--bn-group", "4"]
     assert main(["train", "demo", "--dry-run", "--shards", str(shards.root), *flags]) == 0
     out = capsys.readouterr().out
     assert "1 x 16" in out
-    assert "memory: total" in out
+    assert "device: total" in out
 
 
 def test_a_dry_run_sees_the_world_size(
@@ -84,6 +110,44 @@ def test_a_dry_run_sees_the_world_size(
     assert json.loads(capsys.readouterr().out)["plan"]["rank_batch"] == 32
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "the nearest that do: 2, 4" in _error(capsys, "train", "in1m-v1", "--dry-run")
+
+
+def test_a_dry_run_tells_every_ranks_shards_and_its_memory_on_the_host(
+    capsys: pytest.CaptureFixture[str], shards: Catalog
+) -> None:
+    flags = ["--shards", str(shards.root), "--global-batch", "16", "--lr", "0.1", "--bn-group", "4"]
+    assert main(["train", "demo", "--dry-run", "--ranks", "2", *flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    ranks = told["plan"]["shares"]["ranks"]
+    assert [rank["num_samples"] for rank in ranks] == [32, 32]
+    assert (told["plan"]["world_size"], told["plan"]["num_shards"]) == (2, shards.num_shards)
+    assert told["host_memory_of"] == {"num_bytes": shards.max_sample_bytes, "pixels": 24 * 24}
+    host = told["host_memory_bytes"]
+    assert host["total"] == sum(size for name, size in host.items() if name != "total")
+    assert main(["train", "demo", "--dry-run", "--ranks", "2", *flags]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "world size 2" in out
+    assert "host: decoded images" in out
+    assert "24 x 24" in out
+    assert main(["train", "demo", "--dry-run", *flags, "--backend", "webdataset"]) == 0
+    assert "host │ not foreseen" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", "in1m-v2", "--dry-run"]) == 0
+    assert "456 x 395" in capsys.readouterr().out
+
+
+def test_damage_is_told_by_shard_and_reason_of_many_the_first() -> None:
+    damage = [Damage(shard=f"{i}.tar", reason="torn", num_samples=i or None) for i in range(10)]
+    rows = damage_rows(damage, logs=["run/bad.jsonl"])
+    assert rows[:2] == [("0.tar", "the whole shard: torn"), ("1.tar", "1 of its samples: torn")]
+    assert rows[8:] == [("...", "2 more; --json has all"), ("listed in", "run/bad.jsonl")]
+
+
+def test_ranks_are_for_a_dry_run_and_at_least_one(
+    capsys: pytest.CaptureFixture[str], shards: Catalog, tmp_path: Path
+) -> None:
+    argv = ("train", "demo", "--shards", str(shards.root), "--run", str(tmp_path / "run"))
+    assert "torchrun --nproc-per-node 2 starts them" in _error(capsys, *argv, "--ranks", "2")
+    assert "--ranks 0 is no number" in _error(capsys, "train", "in1m-v1", "--dry-run", "--ranks", "0")
 
 
 def test_bad_words_are_one_line_with_a_way_out(

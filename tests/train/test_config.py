@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,14 @@ from linerate.train.config_json import (
 from linerate.train.recipes import RECIPES
 
 SMALL = TrainConfig(recipe="small", bn=ShuffleBN(bn_group=4), optim=Optim(global_batch=16))
+
+
+def with_bank(**fields: Any) -> TrainConfig:
+    return TrainConfig(recipe="x", dictionary=Dictionary(dictionary="memory-bank"), **fields)
+
+
+def with_micro_batch(size: int, **dictionary: Any) -> TrainConfig:
+    return TrainConfig(recipe="x", speed=Speed(micro_batch=size), dictionary=Dictionary(**dictionary))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -71,6 +81,15 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: Model(dim=0), "dim=0 is too small"),
         (lambda: Model(ema_momentum=1.0), "the paper's is 0.999"),
         (lambda: Dictionary(num_keys=0), "num_keys=0 is too small"),
+        (lambda: Dictionary(bank_momentum=1.0), "InstDisc's is 0.5"),
+        (lambda: Dictionary(bank_loss="nce"), "give --dictionary memory-bank, or --bank-loss infonce"),
+        (lambda: with_bank(loss=Loss(symmetric=True)), "symmetric=True needs keys of both views"),
+        (lambda: Speed(micro_batch=0), "micro_batch=0 is too small"),
+        (lambda: with_micro_batch(40), r"no multiple of bn_group=32.*the nearest that are: 32, 64"),
+        (lambda: with_micro_batch(8), r"the nearest that are: 32$"),
+        (lambda: with_micro_batch(96).rank_batch(1), "the nearest that do: 64, 128"),
+        (lambda: with_micro_batch(64, dictionary="end-to-end"), "the gradient goes through all keys"),
+        (lambda: with_micro_batch(64, dictionary="memory-bank", bank_loss="nce"), "Z is estimated from all"),
         (lambda: Loss(temperature=0.0), "temperature=0.0 must be above 0"),
         (lambda: ShuffleBN(bn_group=0), "bn_group=0 is too small"),
         (lambda: Optim(global_batch=1), "global_batch=1 is too small"),
@@ -83,10 +102,14 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: Schedule(factor=0.0), "factor=0.0"),
         (lambda: Schedule(milestones=(160, 120)), "must rise"),
         (lambda: Speed(prefetch=0), "prefetch=0 is too small"),
+        (lambda: Speed(hw_decoder_load=1.2), "hw_decoder_load=1.2 is no share of a batch"),
         (lambda: Watch(log_steps=0), "log_steps=0 is too small"),
         (lambda: Watch(knn_test_share=1.0), "knn_test_share=1.0"),
         (lambda: Watch(knn_temperature=0.0), "knn_temperature=0.0"),
         (lambda: Watch(bad_share=1.0), "bad_share=1.0 is no share of the samples"),
+        (lambda: Watch(alarm_top1=1.5), "alarm_top1=1.5 is no share"),
+        (lambda: Watch(alarm_steps=0), "alarm_steps=0 is too small"),
+        (lambda: Watch(milestone_epochs=-1), "milestone_epochs=-1 is too small"),
         (lambda: Watch(stall_seconds=-1.0), "stall_seconds=-1.0 must not be negative"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(bn_group=24)), "the nearest that do: 16, 32"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=100)), "the nearest that do: 64, 128"),
@@ -97,6 +120,32 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
 def test_what_cannot_work_is_refused_with_a_way_out(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_chance_is_what_each_dictionary_has() -> None:
+    queue = dataclasses.replace(SMALL, dictionary=Dictionary(num_keys=40))
+    assert queue.chance_loss == pytest.approx(math.log(41))
+    batch = dataclasses.replace(SMALL, dictionary=Dictionary(dictionary="end-to-end"))
+    assert (batch.num_negatives, batch.chance_loss) == (15, pytest.approx(math.log(16)))
+    assert with_bank().chance_loss == pytest.approx(math.log(65537))
+
+
+def test_fields_that_do_nothing_are_named() -> None:
+    assert SMALL.idle_fields() == []
+    changed = dataclasses.replace(SMALL, dictionary=Dictionary(bank_momentum=0.4))
+    assert changed.idle_fields() == ["bank_momentum: there is no memory bank"]
+    batch = dataclasses.replace(SMALL, dictionary=Dictionary(dictionary="end-to-end"))
+    assert [line.partition(":")[0] for line in batch.idle_fields()] == [
+        "num_keys",
+        "ema_momentum, queue_dtype",
+    ]
+    assert "shuffle, shuffle_block: no key is encoded" in " ".join(with_bank().idle_fields())
+
+
+def test_micro_batches_must_divide_what_a_rank_has() -> None:
+    assert with_micro_batch(64).rank_batch(2) == 128
+    with pytest.raises(UserError, match="micro_batch=64 does not divide the batch of a rank=32"):
+        with_micro_batch(64).rank_batch(8)
 
 
 def test_a_world_size_that_does_not_fit_names_the_nearest() -> None:

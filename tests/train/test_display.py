@@ -1,6 +1,8 @@
 import io
 
+import pytest
 from rich.console import Console
+from rich.text import Text
 
 from linerate.train.display import RunPanel, clock, plain_line, show_run
 
@@ -44,6 +46,16 @@ def test_replaced_samples_are_told_where_there_are_any() -> None:
     assert "replaced 3" in console.export_text()
 
 
+def test_the_panel_tells_how_far_the_queue_is_filled_and_how_old_it_is() -> None:
+    panel, console = RunPanel("x"), Console(file=io.StringIO(), width=80, record=True)
+    for event in (START, {**STEP, "queue_fill": 0.5, "queue_age_steps": 1234.0}):
+        panel.take(event)
+    console.print(panel)
+    text = console.export_text()
+    assert "50.0% filled" in text
+    assert "oldest key 1,234 steps old" in text
+
+
 def test_off_a_terminal_every_event_is_one_line() -> None:
     out = io.StringIO()
     with show_run("in1m-v1", console=Console(file=out, width=40)) as on_event:
@@ -74,6 +86,19 @@ def test_a_terminal_gets_the_live_panel() -> None:
             on_event(event)
     assert "checkpoint at step 5: runs/x" in out.getvalue()
     assert "chance 11.090" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_alarms_are_told_above_the_panel_and_named_in_it(width: int) -> None:
+    out = io.StringIO()
+    alarm = {"event": "alarm", "step": 5, "alarm": "collapse", "text": f"the std is {'very ' * 20}low"}
+    with show_run("demo", console=Console(file=out, width=width, force_terminal=True)) as on_event:
+        for event in (START, STEP, alarm, {**alarm, "alarm": "data-wait"}):
+            on_event(event)
+    lines = Text.from_ansi(out.getvalue()).plain.splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert sum(line.startswith("ALARM collapse: the std is very") for line in lines) == 1
+    assert [line for line in lines if "ALARM  collapse, data-wait" in line]
 
 
 def test_a_clock_shows_hours_minutes_seconds() -> None:

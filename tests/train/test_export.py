@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from linerate.shards.errors import UserError
 from linerate.train import export as export_module
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.config import Model
+from linerate.train.detectron2_names import expected_shapes, load_detectron2, write_detectron2
 from linerate.train.encoder import build_encoder
 from linerate.train.export import export_encoder
 
@@ -98,6 +101,8 @@ def test_the_card_says_what_the_weights_are_and_its_code_runs(tmp_path: Path) ->
         ("tiny-resnet-w4", "imagenet", "torchvision", "x.pth", "torchvision has no tiny-resnet-w4.*safetens"),
         ("resnet10t", "imagenet", "torchvision", "x.pth", "use --to timm"),
         ("resnet18", "imagenet", "safetensors", "x.pth", r"name it x\.safetensors"),
+        ("resnet18", "imagenet", "detectron2", "x.pth", r"name it x\.pkl"),
+        ("resnext50_32x4d", "imagenet", "detectron2", "x.pkl", "detectron2 has no resnext50_32x4d"),
         ("resnet18", "imagenet", "timm", "", "is a folder"),
         ("resnet18", "imagenet", "timm", "/dev/null/x/r18.pth", "its folder /dev/null/x cannot be made"),
     ],
@@ -115,3 +120,58 @@ def test_features_that_differ_leave_no_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match=r"differ by 1\.00e-03"):
         export_encoder(_trained("resnet18"), target="timm", out=tmp_path / "r18.pth")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_detectron2s_file_holds_its_backbone_and_the_same_features(name: str, tmp_path: Path) -> None:
+    trained = _trained(name)
+    report = export_encoder(trained, target="detectron2", out=tmp_path / "r.pkl")
+    assert report.max_difference <= 1e-5
+    with report.out.open("rb") as file:
+        loaded = pickle.load(file)
+    assert loaded["matching_heuristics"] is False
+    arrays = loaded["model"]
+    assert {key: array.shape for key, array in arrays.items()} == expected_shapes(name)
+    assert len(arrays) == report.num_tensors
+    own = trained.encoder.backbone.state_dict()
+    for theirs, ours in {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.0.conv1.weight": "layer1.0.conv1.weight",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res3.0.shortcut.norm.bias": "layer2.0.downsample.1.bias",
+        "res5.1.conv2.norm.running_mean": "layer4.1.bn2.running_mean",
+    }.items():
+        assert (arrays[theirs] == own[ours].numpy()).all()
+
+
+def test_detectron2s_backbone_of_depth_50_has_its_known_size() -> None:
+    shapes = expected_shapes("resnet50")
+    assert len(shapes) == 53 * 5
+    parameters = sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if not name.endswith(("running_mean", "running_var"))
+    )
+    assert parameters == 23_508_032
+
+
+def test_detectron2s_card_is_the_config_that_the_weights_need(tmp_path: Path) -> None:
+    report = export_encoder(_trained("resnet50"), target="detectron2", out=tmp_path / "r.pkl")
+    card = report.card.read_text()
+    for line in (
+        'WEIGHTS: "r.pkl"',
+        "STRIDE_IN_1X1: False",
+        'FORMAT: "RGB"',
+        "DEPTH: 50",
+        "FREEZE_AT: 0",
+        "PIXEL_MEAN: [123.675, 116.280, 103.530]",
+        "PIXEL_STD: [58.395, 57.120, 57.375]",
+    ):
+        assert line in card
+
+
+def test_a_tensor_that_detectron2_does_not_have_is_a_defect(tmp_path: Path) -> None:
+    write_detectron2({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "r.pkl")
+    with pytest.raises(RuntimeError, match="not the tensors of detectron2's resnet18"):
+        load_detectron2("resnet18", tmp_path / "r.pkl")

@@ -61,6 +61,26 @@ def test_fill_and_age_tell_keys_from_random_rows() -> None:
     assert queue.ages().tolist() == [1, 0, 4, 3, 2]
 
 
+@pytest.mark.parametrize(
+    ("num_keys", "num_new", "steps", "fill", "age"),
+    [(10, 3, 0, 0.0, 0), (10, 3, 1, 0.3, 0), (10, 3, 3, 0.9, 2), (10, 3, 4, 1.0, 3), (4, 9, 2, 1.0, 0)],
+)
+def test_stats_are_the_share_of_real_keys_and_the_steps_since_the_oldest_came(
+    num_keys: int, num_new: int, steps: int, fill: float, age: int
+) -> None:
+    queue = KeyQueue(num_keys, 1)
+    written: dict[int, int] = {}
+    for step in range(steps):
+        queue.enqueue(numbered(step * num_new, num_new))
+        written |= {number: step for number in range(step * num_new, (step + 1) * num_new)}
+    stats = queue.stats()
+    assert stats["queue_fill"].item() == pytest.approx(fill)
+    assert stats["queue_age_steps"].item() == age
+    if steps:
+        real = queue.keys.flatten().tolist()[: min(num_keys, steps * num_new)]
+        assert steps - 1 - min(written[int(number)] for number in real) == age
+
+
 def test_bfloat16_queue_rounds_keys_and_nothing_else() -> None:
     queue = KeyQueue(4, 2, dtype=torch.bfloat16)
     queue.enqueue(torch.full((2, 2), 1 / 3))

@@ -1,4 +1,4 @@
-"""The command in processes of its own: killed, stopped, and on two ranks."""
+"""The command in processes of its own: killed, stopped, and under a launcher."""
 
 import json
 import os
@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from linerate.shards.catalog import Catalog
-from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_newest
+from linerate.shards.errors import UserError
+from linerate.train import launch as launch_module
+from linerate.train.checkpoint import load_checkpoint, load_newest
 from linerate.train.cli import main_train
+from linerate.train.launch import launch_note, require_trackers
 from linerate.train.run_folder import RunFolder
 
 FLAGS = [
@@ -46,36 +49,80 @@ def _run(command: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Co
     )
 
 
-# The command, killed by itself as soon as the log holds step 7: it cannot end before, on any machine.
+# The command, killed and started again until it ends by itself. Each child dies at its n-th visit to one of
+# the places below, n at random: between steps, within a write of a checkpoint, before and after its renaming.
 KILLED = """
-import os, signal, sys
+import os, random, signal, sys
+from pathlib import Path
+import torch
 from linerate.__main__ import main
+from linerate.train import checkpoint, pretrain
+from linerate.train.learner import Learner
+from linerate.train.launch import launch_note, require_trackers
 from linerate.train.run_folder import RunFolder
 
-def append(folder, event, append=RunFolder.append):
-    append(folder, event)
-    if event["event"] == "step" and event["step"] == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
+def deadly(owner, name):
+    before = getattr(owner, name)
+    def visit(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(*args, **kwargs)
+    setattr(owner, name, visit)
 
-RunFolder.append = append
-main(["train", *sys.argv[1:]])
+torch.set_num_threads(1)
+for owner, name in (
+    (checkpoint._Output, "write"), (checkpoint.os, "fsync"), (Path, "replace"), (Path, "unlink"),
+    (checkpoint, "_drop_old"), (checkpoint, "write_config"), (RunFolder, "append"), (Learner, "step"),
+):
+    deadly(owner, name)
+chance, kills = random.Random(int(sys.argv[1])), 0
+while True:
+    left = chance.randrange(1, 500) if kills < 8 else 0
+    child = os.fork()
+    if not child:
+        os._exit(main(["train", *sys.argv[2:], "--resume"]))
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        break
+    kills += 1
+print(f"killed {kills} times", flush=True)
+os._exit(os.WEXITSTATUS(status))
 """
 
 
-def test_a_run_killed_by_sigkill_continues_bit_for_bit(shards: Catalog, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, *_command(shards, tmp_path / "killed", "--epochs", "5")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=240, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(_losses(tmp_path / "killed")) == 7
-    newest, *_ = list_checkpoints(tmp_path / "killed" / "checkpoints")
-    assert newest.name == "step-000000006.pt"
-    for run, flags in (("killed", ["--resume"]), ("whole", [])):
-        assert main_train(_command(shards, tmp_path / run, "--epochs", "5", "--json", *flags)) == 0
+def test_a_run_killed_at_random_points_ends_with_the_same_weights_to_the_bit(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    flags = ("--backend", "torch", "--epochs", "5")
+    command = _command(shards, tmp_path / "killed", *flags)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "3", *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "killed 8 times" in done.stdout
+    assert main_train(_command(shards, tmp_path / "whole", *flags, "--json")) == 0
     assert len(_losses(tmp_path / "whole")) == 20
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
+    killed, whole = (load_newest(tmp_path / run / "checkpoints") for run in ("killed", "whole"))
+    assert killed is not None
+    assert whole is not None
+    assert killed[1] == []
+    states = [
+        {**found.moco, **{f"momentum.{n}": s["momentum_buffer"] for n, s in found.optimizer["state"].items()}}
+        for found, _ in (killed, whole)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 0)])
 def test_a_stopped_run_saves_and_says_how_to_go_on(
     shards: Catalog,
     tmp_path: Path,
@@ -99,31 +146,34 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(
     assert f"stopped by {number.name} after step {summary['step']:,}; --resume continues" in err
 
 
-def test_accelerate_launch_runs_the_command(shards: Catalog, tmp_path: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-    done = _run(_command(shards, tmp_path / "run", "--iterations", "4", "--json"), launcher=launcher)
+def test_accelerate_launch_runs_the_command_and_one_process_for_two_is_told(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    flags = ("--backend", "torch", "--iterations", "4", "--json")
+    done = _run(_command(shards, tmp_path / "run", *flags), launcher=launcher)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["step"], summary["finished"], summary["world_size"]) == (4, True, 1)
     assert load_checkpoint(Path(summary["checkpoint"])).step == 4
-    assert main_train(_command(shards, tmp_path / "alone", "--iterations", "4")) == 0
+    (note,) = [line["text"] for line in RunFolder(tmp_path / "run").load_log("note")]
+    assert note.startswith("accelerate launch was asked for 2 processes and started one")
+    assert main_train(_command(shards, tmp_path / "alone", *flags)) == 0
     assert _losses(tmp_path / "run") == _losses(tmp_path / "alone")
 
 
-def test_two_ranks_have_the_losses_of_one(shards: Catalog, tmp_path: Path) -> None:
-    flags = ("--iterations", "6", "--json")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = _run(_command(shards, tmp_path / "two", *flags), launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["world_size"] == 2
-    assert summary["images"] == 6 * 16
-    assert main_train(_command(shards, tmp_path / "one", *flags)) == 0
-    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-4)
-    # BN statistics, too: each rank has seen its own half, the checkpoint holds the mean.
-    two, one = (load_newest(tmp_path / run / "checkpoints") for run in ("two", "one"))
-    assert two is not None
-    assert one is not None
-    assert two[0].moco.keys() == one[0].moco.keys()
-    for name, tensor in two[0].moco.items():
-        assert torch.allclose(tensor, one[0].moco[name], rtol=1e-3, atol=1e-4), name
+def test_a_launcher_that_starts_what_it_was_asked_for_is_not_remarked_on() -> None:
+    asked = ["python", "/usr/bin/accelerate", "launch", "--num_processes=2", "-m", "linerate"]
+    assert launch_note(2, command=asked) is None
+    assert "asked for 2 processes" in str(launch_note(1, command=asked))
+    assert launch_note(1, command=[word.replace("=2", "=1") for word in asked]) is None
+    assert launch_note(1, command=["bash", "train.sh", "--num_processes", "2"]) is None
+    assert launch_note(1, command=[]) is None
+
+
+def test_a_tracker_whose_package_is_missing_is_told_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="trackers=wandb needs the package wandb: pip install wandb"):
+        require_trackers(("wandb",))

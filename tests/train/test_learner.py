@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linerate.pipeline.two_views import TwoViews
 from linerate.train.checkpoint import TrainedOn
+from linerate.train.config import Dictionary, Loss, TrainConfig
 from linerate.train.launch import open_accelerator
-from linerate.train.learner import Learner
+from linerate.train.learner import Learner, build_moco
 
 TRAINED_ON = TrainedOn(plan_id="plan", num_samples=64, folder="shards")
 
@@ -34,9 +36,30 @@ def _batch(seed: int) -> TwoViews:
     return TwoViews(query=query, key=key, sample_id=place, position=place, label=place)
 
 
-def test_steps_never_read_the_device_and_the_log_reads_it_once(tmp_path: Path) -> None:
-    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
-        learner = Learner(SMALL, accelerator)
+def _variant(*, symmetric: bool = False, micro_batch: int | None = None, **dictionary: Any) -> TrainConfig:
+    return dataclasses.replace(
+        SMALL,
+        loss=Loss(temperature=0.2, symmetric=symmetric),
+        dictionary=Dictionary(num_keys=40, **dictionary),
+        speed=dataclasses.replace(SMALL.speed, micro_batch=micro_batch),
+    )
+
+
+VARIANTS = {
+    "queue": SMALL,
+    "bf16-queue": _variant(queue_dtype="bf16"),
+    "symmetric": _variant(symmetric=True, micro_batch=8),
+    "end-to-end": _variant(dictionary="end-to-end"),
+    "memory-bank": _variant(dictionary="memory-bank", micro_batch=4),
+    "nce": _variant(dictionary="memory-bank", bank_loss="nce"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_never_read_the_device_and_the_log_reads_it_once(name: str, tmp_path: Path) -> None:
+    config = VARIANTS[name]
+    with open_accelerator(config, run_dir=tmp_path) as accelerator:
+        learner = Learner(config, accelerator, num_samples=20)
         learner.step(_batch(0), step=0, lr=0.1)
         with CountReads() as steps:
             for step in (1, 2):
@@ -53,17 +76,47 @@ def test_metrics_are_the_means_since_the_last_reading(tmp_path: Path) -> None:
         losses = []
         for step in (0, 1):
             each.step(_batch(step), step=step, lr=0.1)
-            losses.append(each.read_metrics(stop=False)[0]["loss"])
+            losses.append(each.read_metrics()["loss"])
             both.step(_batch(step), step=step, lr=0.1)
-        means, stopped = both.read_metrics(stop=True)
-        assert means["loss"] == pytest.approx(sum(losses) / 2)
-        assert stopped is True
+        assert both.read_metrics()["loss"] == pytest.approx(sum(losses) / 2)
         assert losses[0] != losses[1]
 
 
-def test_a_restored_learner_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_the_log_tells_the_queue_s_fill_and_age(tmp_path: Path) -> None:
     with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
-        first = Learner(SMALL, accelerator)
+        learner = Learner(SMALL, accelerator)
+        found = []
+        for step in range(3):
+            learner.step(_batch(step), step=step, lr=0.1)
+            means, _ = learner.read_metrics(stop=False)
+            found.append((means["queue_fill"], means["queue_age_steps"]))
+        assert found == [(pytest.approx(0.4), 0), (pytest.approx(0.8), 1), (1, 2)]
+
+
+def test_a_symmetric_step_enqueues_both_views(tmp_path: Path) -> None:
+    config = VARIANTS["symmetric"]
+    with open_accelerator(config, run_dir=tmp_path) as accelerator:
+        learner = Learner(config, accelerator)
+        learner.step(_batch(0), step=0, lr=0.1)
+        means, _ = learner.read_metrics(stop=False)
+        assert (means["queue_fill"], means["queue_age_steps"]) == (pytest.approx(0.8), 0)
+
+
+def test_a_memory_bank_needs_the_number_of_samples() -> None:
+    with pytest.raises(ValueError, match="say how many there are"):
+        build_moco(VARIANTS["memory-bank"])
+
+
+def test_the_queue_s_dtype_is_the_config_s() -> None:
+    for name, dtype in (("queue", torch.float32), ("bf16-queue", torch.bfloat16)):
+        assert build_moco(VARIANTS[name]).state_dict()["dictionary.keys"].dtype == dtype
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_restored_learner_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    config = VARIANTS[name]
+    with open_accelerator(config, run_dir=tmp_path) as accelerator:
+        first = Learner(config, accelerator, num_samples=20)
         first.step(_batch(0), step=0, lr=0.1)
         path = tmp_path / "state.pt"
         torch.save(
@@ -72,7 +125,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(tmp_path: Path) -> None:
             path,
         )
         state = torch.load(path, weights_only=True)
-        second = Learner(SMALL, accelerator)
+        second = Learner(config, accelerator, num_samples=20)
         second.restore(type(first.checkpoint(step=1, epoch=0, trained_on=TRAINED_ON))(**state))
         for learner in (first, second):
             learner.step(_batch(1), step=1, lr=0.1)

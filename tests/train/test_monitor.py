@@ -21,12 +21,9 @@ def test_a_lap_tells_rate_and_share_of_waiting_without_pauses() -> None:
     clock = Clock()
     watch = Stopwatch(clock)
 
-    def batches():  # type: ignore[no-untyped-def]
-        for _ in range(2):
+    for _ in range(2):
+        with watch.waiting():
             clock.now_s += 1.0
-            yield "batch"
-
-    for _ in watch.waiting(batches()):
         clock.now_s += 3.0
     with watch.paused():
         clock.now_s += 100.0

@@ -6,21 +6,26 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.train.small import SMALL, small
 
+from linerate.pipeline.cores import usable_cores
+from linerate.pipeline.loader import ViewLoader
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train import pretrain as pretrain_module
 from linerate.train import run_folder as run_folder_module
+from linerate.train import stop as stop_module
 from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_encoder, load_trained
-from linerate.train.config import Model, Optim, Schedule, Speed
+from linerate.train.config import Dictionary, Model, Optim, Schedule, Speed, TrainConfig
 from linerate.train.learner import Learner
 from linerate.train.pretrain import Summary, pretrain
 from linerate.train.run_folder import RunFolder
@@ -47,6 +52,8 @@ def test_a_run_does_all_its_steps_and_says_so(whole: tuple[Path, Summary, list[A
     assert events[0]["event"] == "start"
     assert events[0]["steps_per_epoch"] == 72 // 16
     assert events[0]["num_dropped"] == 72 % 16
+    assert (events[0]["loader_threads"], events[0]["usable_cores"]) == (1, usable_cores())
+    assert "1 loader thread a rank" in events[0]["device"]
     assert events[0]["chance_loss"] == pytest.approx(math.log(41))
     assert events[-1] == {"event": "end", "step": 12, "finished": True}
     assert [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] == events
@@ -106,6 +113,25 @@ def test_a_run_that_stops_and_continues_has_the_same_losses(
     second = pretrain(rest, shards=shards.root, run_dir=run, resume=True)
     assert second.finished
     assert _losses(run) == _losses(whole[0])
+
+
+def test_a_run_with_a_memory_bank_has_a_row_for_every_sample_and_continues(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    bank = dataclasses.replace(SMALL, dictionary=Dictionary(dictionary="memory-bank", num_keys=40))
+    events: list[Mapping[str, Any]] = []
+
+    def stop_at_six(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step" and event["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = pretrain(bank, shards=shards.root, run_dir=tmp_path / "run", on_event=stop_at_six)
+    assert load_checkpoint(Path(first.checkpoint)).moco["dictionary.bank"].shape == (72, 8)
+    assert any("does nothing here: shuffle" in event.get("text", "") for event in events)
+    assert pretrain(bank, shards=shards.root, run_dir=tmp_path / "run", resume=True).finished
+    pretrain(bank, shards=shards.root, run_dir=tmp_path / "whole")
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
 
 
 def test_a_finished_run_resumes_to_nothing(whole: tuple[Path, Summary, list[Any]], shards: Catalog) -> None:
@@ -251,6 +277,9 @@ def test_a_damaged_sample_is_replaced_counted_and_written_with_its_key(
     found = json.loads(lines[0])
     assert (found["rank"], found["key"], found["sample_id"]) == (0, key, int(index.sample_id[2]))
     assert "fail their checksum" in found["reason"]
+    assert summary.replaced == replaced[-1]
+    assert [(one.shard, one.num_samples) for one in summary.damage] == [(copy.files[0], 1)]
+    assert summary.bad_sample_logs == (str(run / "bad_samples-rank00000.jsonl"),)
 
 
 def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path) -> None:
@@ -270,24 +299,140 @@ def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path
     assert "no kNN after epoch 3: cannot read sample" in notes[-1]
 
 
-def test_the_log_goes_to_tensorboard_too(shards: Catalog, tmp_path: Path) -> None:
-    config = dataclasses.replace(
-        small(trackers=("tensorboard",)), schedule=Schedule(epochs=None, iterations=2)
+def _tracked(*trackers: str, iterations: int = 4) -> TrainConfig:
+    return dataclasses.replace(
+        small(trackers=trackers), schedule=Schedule(epochs=None, iterations=iterations)
     )
-    pretrain(config, shards=shards.root, run_dir=tmp_path)
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def _stop_at_two(event: Mapping[str, Any]) -> None:
+    if event["event"] == "step" and event["step"] == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_log_goes_to_tensorboard_too_and_a_resumed_run_goes_on_there(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    config = _tracked("tensorboard")
+    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
+    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [scalar.step for scalar in found.Scalars("loss")] == [1, 2, 3, 4]
+    assert [scalar.value for scalar in found.Scalars("loss")] == pytest.approx(_losses(tmp_path))
+    (parameters, *_) = (tmp_path / "tensorboard").glob("*/hparams.yml")
+    assert "optim.lr: 0.05" in parameters.read_text()
+
+
+def test_the_log_goes_to_wandb_too_and_a_resumed_run_goes_on_there(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: its tracker stays untested")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = _tracked("tensorboard", "wandb")
+    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
+    identity = (tmp_path / "wandb-id.txt").read_text().strip()
+    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    assert (tmp_path / "wandb-id.txt").read_text().strip() == identity
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
+    assert len({path.parent for path in runs}) == 2
+    assert sum(b"pretext_top1" in path.read_bytes() for path in runs) == 2
 
 
 def test_a_tracker_that_is_not_there_is_refused(shards: Catalog, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are tensorboard"):
+    with pytest.raises(UserError, match="there are tensorboard, wandb"):
         pretrain(small(trackers=("tensorbord",)), shards=shards.root, run_dir=tmp_path)
 
 
-def test_bf16_learns_nearly_the_same(shards: Catalog, tmp_path: Path) -> None:
+def _in(precision: Any, config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, speed=dataclasses.replace(config.speed, precision=precision))
+
+
+def test_16_bits_learn_nearly_the_same(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From the usual 65,536 the scale is halved at first, and those steps are skipped.
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=256.0))
     short = dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=3))
-    for precision in ("fp32", "bf16"):
-        config = dataclasses.replace(short, speed=dataclasses.replace(SMALL.speed, precision=precision))
-        pretrain(config, shards=shards.root, run_dir=tmp_path / precision)
-    fp32, bf16 = _losses(tmp_path / "fp32"), _losses(tmp_path / "bf16")
-    assert fp32 != bf16
+    for precision in ("fp32", "bf16", "fp16"):
+        pretrain(_in(precision, short), shards=shards.root, run_dir=tmp_path / precision)
+    fp32, bf16, fp16 = (_losses(tmp_path / precision) for precision in ("fp32", "bf16", "fp16"))
+    assert len({tuple(losses) for losses in (fp32, bf16, fp16)}) == 3
     assert bf16 == pytest.approx(fp32, rel=0.05)
+    assert fp16 == pytest.approx(fp32, rel=0.01)
+
+
+def test_fp16_says_what_it_costs_and_its_scale_continues_bit_for_bit(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A scale that must be halved, which skips steps, and grows again soon: it is part of the state.
+    odd = {"init_scale": 2.0**40, "growth_interval": 3}
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, **odd))
+    config = _in("fp16", dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=12)))
+    for run, steps in (("whole", 12), ("cut", 7)):
+
+        def stop(event: Mapping[str, Any], last: int = steps) -> None:
+            if event["event"] == "step" and event["step"] == last < 12:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        first = pretrain(config, shards=shards.root, run_dir=tmp_path / run, on_event=stop)
+    assert (first.step, first.stopped_by) == (7, "SIGUSR1")
+    notes = [line["text"] for line in RunFolder(tmp_path / "cut").load_log("note")]
+    assert notes == ["fp16: the gradient scaler makes the host wait for the device each step; bf16 does not"]
+    saved = load_checkpoint(Path(first.checkpoint)).scaler
+    assert saved is not None
+    assert saved["scale"] < 2.0**40
+    odd["init_scale"] = 1.0
+    second = pretrain(config, shards=shards.root, run_dir=tmp_path / "cut", resume=True)
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+    assert load_checkpoint(Path(second.checkpoint)).scaler != saved
+
+
+def test_milestones_come_at_their_epochs_and_stay(shards: Catalog, tmp_path: Path) -> None:
+    config = small(checkpoint_steps=3, keep_checkpoints=1, milestone_epochs=1)
+    pretrain(config, shards=shards.root, run_dir=tmp_path)
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == [f"step-{step:09}.pt" for step in (12, 9, 8, 4)]
+    assert load_trained(tmp_path / "checkpoints" / names[-1]).step == 4
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_signal_while_waiting_saves_at_once_and_leaves_though_no_batch_comes(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """In a real run the process ends in leave(); here it lets the loader go on."""
+    left: list[int] = []
+
+    def starved(self: ViewLoader, epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
+        for step, batch in enumerate(views(self, epoch, **kwargs)):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
+                    "step-000000002.pt"
+                ]
+                if not comes:
+                    end_s = time.monotonic() + 60
+                    while not left and time.monotonic() < end_s:
+                        time.sleep(0.01)
+            yield batch
+
+    views = ViewLoader.epoch
+    monkeypatch.setattr(ViewLoader, "epoch", starved)
+    monkeypatch.setattr(pretrain_module, "LEAVE_S", 60.0 if comes else 0.0)
+    monkeypatch.setattr(stop_module.StopRequest.__init__, "__kwdefaults__", {"leave": left.append})
+    summary = pretrain(small(checkpoint_steps=100), shards=shards.root, run_dir=tmp_path)
+    assert (summary.step, summary.stopped_by, summary.finished) == (2, "SIGUSR1", False)
+    assert left == ([] if comes else [0])
+
+
+def test_a_signal_during_knn_ends_it(shards: Catalog, tmp_path: Path) -> None:
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path, on_event=stop)
+    assert (summary.step, summary.knn_top1) == (4, None)
+    notes = [line["text"] for line in RunFolder(tmp_path).load_log("note")]
+    assert notes == ["no kNN after epoch 1: SIGTERM came"]

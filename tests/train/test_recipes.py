@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from linerate.shards.errors import UserError
 from linerate.train.config import Optim, TrainConfig
@@ -37,6 +38,40 @@ def test_cifar10_has_the_numbers_of_the_one_gpu_reference() -> None:
     )
     assert config.optim.global_batch // config.bn.bn_group == 8
     assert config.views.recipe().query.blur_probability == 0
+
+
+def test_the_symmetric_cifar10_makes_the_steps_of_the_reference_s_sum() -> None:
+    """SGD on half the gradient, twice the rate and half the decay is SGD on the whole one."""
+    one, other = (RECIPES[name].build() for name in ("cifar10", "cifar10-symmetric"))
+    weights = [torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for weight, config, scale in zip(weights, (one, other), (2.0, 1.0), strict=True):
+        optim = config.optim
+        sgd = torch.optim.SGD(
+            [weight], lr=optim.lr, momentum=optim.sgd_momentum, weight_decay=optim.weight_decay
+        )
+        for step in range(5):
+            weight.grad = scale * (weight.detach() + step)
+            sgd.step()
+    torch.testing.assert_close(*weights)
+    assert other.loss.symmetric
+    assert (other.dictionary, other.model, other.bn) == (one.dictionary, one.model, one.bn)
+
+
+def test_the_other_dictionaries_have_the_papers_numbers() -> None:
+    queue = RECIPES["in1m-v1"].build()
+    batch, bank, noise = (
+        RECIPES[f"in1m-v1-{name}"].build() for name in ("end-to-end", "memory-bank", "memory-bank-nce")
+    )
+    assert (batch.num_negatives, batch.optim.lr) == (1023, 0.12)
+    assert batch.optim.global_batch // batch.bn.bn_group == 8
+    assert (bank.dictionary.num_keys, bank.dictionary.bank_loss, bank.optim) == (
+        65536,
+        "infonce",
+        queue.optim,
+    )
+    assert (noise.dictionary.num_keys, noise.dictionary.bank_loss) == (4096, "nce")
+    for config in (batch, bank, noise):
+        assert (config.schedule, config.views, config.loss) == (queue.schedule, queue.views, queue.loss)
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from tests.train.small import SMALL
 
+from linerate.pipeline.bad_samples import BadSample
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config_json import load_config
-from linerate.train.run_folder import RunFolder
+from linerate.train.run_folder import Damage, RunFolder
 
 
 def _events(*steps: int) -> list[dict[str, object]]:
@@ -97,3 +98,25 @@ def test_a_folder_of_something_else_is_left_alone(shards: Catalog, tmp_path: Pat
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something that is no run"):
         RunFolder(tmp_path).resume(SMALL, shards)
+
+
+def test_damage_is_told_by_shard_and_reason_over_all_ranks_and_restarts(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert (folder.damage(), folder.bad_sample_logs()) == ([], [])
+    one = {"key": None, "epoch": 0, "step": 1}
+    torn = {"shard": "x.tar", "reason": "/a/x.tar: torn", **one}
+    takes = [folder.bad_sample_log(rank=rank) for rank in (0, 1)]
+    # Rank 1 is restarted elsewhere and finds sample 7 again.
+    for rank, sample_id in ((0, 3), (1, 7), (1, 7)):
+        takes[rank](BadSample(sample_id=sample_id, **torn))
+    takes[0](BadSample(sample_id=None, shard="w.tar", reason="gone", **one))
+    with (tmp_path / "bad_samples-rank00000.jsonl").open("a") as file:
+        file.write('{"rank": 0, "sam')
+    assert folder.damage() == [
+        Damage(shard="w.tar", reason="gone", num_samples=None),
+        Damage(shard="x.tar", reason="torn", num_samples=2),
+    ]
+    assert [path.name for path in folder.bad_sample_logs()] == [
+        "bad_samples-rank00000.jsonl",
+        "bad_samples-rank00001.jsonl",
+    ]

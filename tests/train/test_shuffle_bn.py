@@ -170,7 +170,7 @@ def test_ranks_agree_with_groups_on_one_device(world_size: int, tmp_path: Path) 
     command += ["--master-addr", "127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "127.0.0.1:0", str(worker), str(world_size), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     reports = sorted(path.read_text() for path in tmp_path.glob("rank-*.txt"))
     assert reports == [f"rank {rank} of {world_size} agrees" for rank in range(world_size)]

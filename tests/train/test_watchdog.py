@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from linerate.train.watchdog import EXIT_CODE, Watchdog
+from linerate.shards.errors import UserError
+from linerate.train.watchdog import EXIT_CODE, Watchdog, is_lost_peer
 
 
 class Clock:
@@ -82,3 +84,36 @@ def test_a_process_whose_loop_hangs_ends_with_75(tmp_path: Path) -> None:
 def test_without_a_limit_it_never_fires(tmp_path: Path) -> None:
     with Watchdog(0, where=lambda: "rank 0", stacks=tmp_path / "stacks.txt") as watchdog:
         watchdog.pat()
+
+
+def test_a_lost_peer_is_known_by_the_collectives_error() -> None:
+    assert is_lost_peer(dist.DistNetworkError("connection was closed"))
+    assert is_lost_peer(
+        RuntimeError("[third_party/gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+    )
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_peer(UserError("gloo"))
+
+
+def test_a_rank_that_lost_another_writes_its_place_its_error_and_its_stacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = list[int]()
+    with (
+        pytest.raises(RuntimeError, match="gloo"),
+        watched(tmp_path / "stacks.txt", Clock(), codes) as watchdog,
+        watchdog,
+    ):
+        raise RuntimeError("gloo: connection closed")
+    assert codes == [EXIT_CODE]
+    assert "rank 3 after step 7 has lost another rank (gloo: connection closed)" in capsys.readouterr().err
+    written = (tmp_path / "stacks.txt").read_text()
+    assert "Traceback" in written
+    assert "RuntimeError: gloo: connection closed" in written
+    with (
+        pytest.raises(ValueError, match="ours"),
+        watched(tmp_path / "no", Clock(), codes) as watchdog,
+        watchdog,
+    ):
+        raise ValueError("ours")
+    assert codes == [EXIT_CODE]

@@ -37,7 +37,7 @@ def knn_predict(
     predictions = []
     for chunk in torch.split(test_features, TEST_CHUNK):
         query = functional.normalize(chunk.to(device).float(), dim=1)
-        similarity, neighbour = _nearest_rows(query, train_features, k=k)
+        similarity, neighbour = nearest_rows(query, train_features, k=k)
         votes = query.new_zeros(len(query), num_classes)
         votes.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
@@ -62,8 +62,8 @@ def knn_accuracy(
     return float((predicted == test_labels.to(predicted.device)).float().mean())
 
 
-def _nearest_rows(query: Tensor, bank: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest cosines of each (unit) query row over the whole bank, and the rows they stand in."""
+def nearest_rows(query: Tensor, bank: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """(M, k) largest cosines of unit query rows over the bank (N, D), and the rows they are of."""
     best = query.new_empty(len(query), 0)
     rows = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), TRAIN_CHUNK):

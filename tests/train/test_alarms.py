@@ -1,0 +1,173 @@
+"""Each alarm, provoked by what it is for, and silent where all is well."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.small import SMALL, small
+from torch import Tensor
+
+from linerate.pipeline.loader import ViewLoader
+from linerate.pipeline.two_views import TwoViews
+from linerate.shards.catalog import Catalog
+from linerate.train import learner as learner_module
+from linerate.train.alarms import Alarms, feature_std
+from linerate.train.config import Optim, Schedule, ShuffleBN, TrainConfig, Watch
+from linerate.train.encoder import Encoder
+from linerate.train.key_queue import KeyQueue
+from linerate.train.learner import Learner
+from linerate.train.pretrain import pretrain
+from linerate.train.run_folder import RunFolder
+
+HEALTHY = {
+    "loss": 2.0,
+    "pretext_top1": 0.5,
+    "feature_std": 0.6,
+    "turnover": 1.0,
+    "data_wait_share": 0.02,
+}
+
+
+def _alarms(**watch: Any) -> Alarms:
+    return Alarms(Watch(alarm_steps=10, **watch), chance_loss=math.log(101), global_batch=10, num_keys=100)
+
+
+def _names(run: Path) -> list[str]:
+    return [line["alarm"] for line in RunFolder(run).load_log("alarm")]
+
+
+def _watched(config: TrainConfig = SMALL, **watch: Any) -> TrainConfig:
+    """Alarms after four steps; how fast this machine makes views is another test's business."""
+    watched = dataclasses.replace(config.watch, **{"alarm_steps": 4, "alarm_data_wait": 1.0, **watch})
+    return dataclasses.replace(config, watch=watched)
+
+
+def test_the_std_is_one_of_even_directions_and_zero_of_equal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    even = torch.randn(2000, 32, generator=generator)
+    assert feature_std(even).item() == pytest.approx(1.0, abs=0.02)
+    assert feature_std(7 * even).item() == pytest.approx(feature_std(even).item())
+    assert feature_std(even[:1].expand(8, -1)).item() == 0.0
+
+
+def test_a_healthy_run_gives_no_alarm(shards: Catalog, tmp_path: Path) -> None:
+    summary = pretrain(_watched(small(knn_epochs=1)), shards=shards.root, run_dir=tmp_path)
+    assert summary.alarms == ()
+    assert _names(tmp_path) == []
+    line = RunFolder(tmp_path).load_log("step")[-1]
+    assert line["feature_std"] > 0.1
+    assert line["turnover"] == pytest.approx(16 / 40)
+
+
+def test_a_collapsed_encoder_gives_alarm_of_features_loss_and_queue_once_each(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(*args: Any, **kwargs: Any) -> Encoder:
+        encoder = build(*args, **kwargs)
+        head = [p for name, p in encoder.named_parameters() if "head" in name or "projection" in name]
+        assert head
+        for parameter in head:
+            torch.nn.init.constant_(parameter, float(parameter.ndim == 1))
+        return encoder
+
+    build = learner_module.build_encoder
+    monkeypatch.setattr(learner_module, "build_encoder", collapsed)
+    config = _watched(dataclasses.replace(SMALL, optim=Optim(global_batch=16, lr=1e-9)))
+    summary = pretrain(config, shards=shards.root, run_dir=tmp_path)
+    assert summary.finished
+    assert summary.alarms == ("chance-loss", "collapse", "still-queue")
+    assert sorted(_names(tmp_path)) == ["chance-loss", "collapse", "still-queue"]
+    assert all(line["fatal"] is False for line in RunFolder(tmp_path).load_log("alarm"))
+
+
+def test_keys_that_are_not_enqueued_give_alarm(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(self: KeyQueue, keys: Tensor) -> None:
+        self.num_enqueued.add_(len(keys))
+
+    monkeypatch.setattr(KeyQueue, "enqueue", forgetful)
+    summary = pretrain(_watched(), shards=shards.root, run_dir=tmp_path)
+    assert "still-queue" in summary.alarms
+    (text,) = [
+        line["text"] for line in RunFolder(tmp_path).load_log("alarm") if line["alarm"] == "still-queue"
+    ]
+    assert text.startswith("0.0% of the dictionary's keys changed in 1 steps, 40.0% were due")
+
+
+def test_a_slow_loader_gives_alarm_and_a_slow_step_none(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_views(self: ViewLoader, epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
+        for batch in views(self, epoch, **kwargs):
+            time.sleep(slow_s["views"])
+            yield batch
+
+    def slow_step(self: Learner, *args: Any, **kwargs: Any) -> None:
+        taught(self, *args, **kwargs)
+        time.sleep(slow_s["step"])
+
+    views, taught, slow_s = ViewLoader.epoch, Learner.step, {"views": 0.2, "step": 0.0}
+    monkeypatch.setattr(ViewLoader, "epoch", slow_views)
+    monkeypatch.setattr(Learner, "step", slow_step)
+    config = _watched(dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=4)))
+    late = dataclasses.replace(config, watch=dataclasses.replace(config.watch, alarm_data_wait=0.4))
+    summary = pretrain(late, shards=shards.root, run_dir=tmp_path / "loader")
+    assert summary.alarms == ("data-wait",)
+    assert len(_names(tmp_path / "loader")) == 1
+    slow_s = {"views": 0.0, "step": 0.5}
+    assert pretrain(late, shards=shards.root, run_dir=tmp_path / "step").alarms == ()
+
+
+def test_a_wait_must_last_for_two_lines_and_the_first_does_not_count() -> None:
+    alarms = _alarms()
+    shares = [0.9, 0.9, 0.0, 0.2, 0.2, 0.9]
+    told = [
+        [a.name for a in alarms.after_log(n, {**HEALTHY, "data_wait_share": share}, steps=10)]
+        for n, share in enumerate(shares)
+    ]
+    assert told == [[], [], [], [], ["data-wait"], []]
+    assert alarms.names == ("data-wait",)
+
+
+def test_a_loss_must_stay_at_chance_for_all_the_steps() -> None:
+    alarms = _alarms()
+    losses = {0: math.log(101), 5: 4.0, 6: 4.60, 11: 4.63, 15: 4.61, 16: 4.61, 30: 4.61}
+    told = {
+        step: [a.name for a in alarms.after_log(step, {**HEALTHY, "loss": loss}, steps=10)]
+        for step, loss in losses.items()
+    }
+    assert [step for step, names in told.items() if names] == [16]
+    assert told[16] == ["chance-loss"]
+
+
+def test_a_run_without_shuffling_whose_knn_falls_gives_alarm_above_the_limit_of_the_pretext(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    """So small an encoder solves no pretext task: the limit is put below what it reaches."""
+    config = dataclasses.replace(
+        _watched(small(log_steps=4, knn_epochs=1, knn_k=5, knn_test_share=0.4, alarm_top1=0.02)),
+        bn=ShuffleBN(bn_group=2, shuffle=False),
+        optim=Optim(global_batch=16, lr=0.1),
+        schedule=Schedule(decay="cosine", epochs=12),
+    )
+    summary = pretrain(config, shards=shards.root, run_dir=tmp_path)
+    shares = [line["knn_top1"] for line in RunFolder(tmp_path).load_log("knn")]
+    assert min(now - max(shares[:n]) for n, now in enumerate(shares) if n) < -0.01, shares
+    assert summary.alarms == ("bn-cheating",)
+
+
+def test_a_certain_pretext_gives_alarm_only_while_knn_falls() -> None:
+    def told(top1: float, *knn: float) -> list[str]:
+        alarms = _alarms()
+        assert not list(alarms.after_log(5, {**HEALTHY, "pretext_top1": top1}, steps=10))
+        return [alarm.name for share in knn for alarm in alarms.after_knn(share)]
+
+    assert told(0.999, 0.3, 0.4, 0.35, 0.2) == ["bn-cheating"]
+    assert told(0.999, 0.3, 0.4, 0.395, 0.5) == []
+    assert told(0.9, 0.3, 0.4, 0.2) == []
