@@ -85,7 +85,7 @@ class ClassifierTraining:
         self.config, self.train, self.test, self.watch = config, train, test, watch
         self.folder, self.accelerator, self.backbone = folder, accelerator, backbone
         # The bare module: what is saved, and what is tested on batches that differ between ranks.
-        self.module = module.to(memory_format=torch.channels_last)
+        self.module = module.to(memory_format=torch.channels_last).train()
         sgd = torch.optim.SGD(
             module.parameters(),
             lr=config.lr,
