@@ -67,8 +67,8 @@ class ClassifierCommand(CacheOptions):
     """Arithmetic of the backbone; auto: bf16 on a GPU, fp32 on a CPU."""
     eval_epochs: int = 1
     """Epochs between two tests; the last epoch has one in any case. No figure is chosen by them."""
-    checkpoint_steps: int = 1000
-    """Steps between two states within an epoch; each epoch's end writes one."""
+    checkpoint_steps: int = 500
+    """Steps between two states; one more is written at the end and on a signal."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False

@@ -57,7 +57,7 @@ class RunOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     num_threads: int | None = None
     eval_epochs: int = 1
-    checkpoint_steps: int = 1000
+    checkpoint_steps: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,8 +54,8 @@ class Watch:
 
     eval_epochs: int = 1
     """Epochs between two tests; there is one at the end in any case."""
-    checkpoint_steps: int = 1000
-    """Steps between two states within an epoch; each epoch's end writes one."""
+    checkpoint_steps: int = 500
+    """Steps between two states; one more is written at the end and on a signal."""
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None
     """Gets each line of the log, on rank 0."""
     advance: Callable[[float], None] = lambda _: None
@@ -121,11 +121,12 @@ class ClassifierTraining:
             with contextlib.closing(self.train.epoch(epoch, start_step=start_step)) as batches:
                 for inputs, label in batches:
                     self._step(inputs, label)
-                    if self._stops(stop):
+                    if self.step % self.train.steps_per_epoch == 0:
+                        self._end_epoch(epoch)
+                    if self._stops(stop) or self.finished or self.step % self.watch.checkpoint_steps == 0:
+                        self._save()
+                    if self.stopped:
                         break
-            if self.step % self.train.steps_per_epoch == 0:
-                self._end_epoch(epoch)
-            self._save()
         return next((line for line in reversed(self.history) if "top1" in line), None)
 
     def _step(self, inputs: Tensor, label: Tensor) -> None:
@@ -145,8 +146,6 @@ class ClassifierTraining:
             )
         self.step += 1
         self.watch.advance(1)
-        if self.step % self.watch.checkpoint_steps == 0 and self.step % self.train.steps_per_epoch:
-            self._save()
 
     def _lr(self, step: int) -> float:
         schedule, steps = self.config.schedule, self.train.steps_per_epoch
