@@ -27,7 +27,13 @@ from linerate.train.evaluate import classify as classify_module
 from linerate.train.evaluate.classifier import FrozenBackbone, hits, new_fc
 from linerate.train.evaluate.classifier_folder import ClassifierFolder
 from linerate.train.evaluate.classifier_recipes import ClassifierConfig, finetune_in1m, linear_v1
-from linerate.train.evaluate.classifier_run import ClassifierOutcome, RunOptions, epoch_line, run_classifiers
+from linerate.train.evaluate.classifier_run import (
+    ClassifierOutcome,
+    RunOptions,
+    _check_ranks,
+    epoch_line,
+    run_classifiers,
+)
 from linerate.train.evaluate.controls import calibrate_bn, untrained_encoder
 from linerate.train.evaluate.features import open_evaluation
 from linerate.train.evaluate.labelled import LabelledSplit, open_labelled_split
@@ -232,7 +238,7 @@ def test_a_signal_ends_it_between_steps_and_a_finished_part_is_not_done_again(
     own = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
     options = RunOptions(out=tmp_path, num_threads=1)
     outcome = run_classifiers(LINEAR, own, labelled, options, say=said.append)
-    assert said[0] == "trained, seed 0: continuing after step 3 of 8"
+    assert said[:2] == [f"cpu, 1 rank, fp32; in {tmp_path}", "trained, seed 0: continuing after step 3 of 8"]
     assert outcome.results[0]["finished"]
     written = (tmp_path / "trained" / "seed-0" / "state.pt").stat().st_mtime_ns
     again = _run(LINEAR, trained, labelled, tmp_path)
@@ -349,14 +355,8 @@ def test_what_cannot_work_is_refused_before_an_image_is_read(
     with pytest.raises(UserError, match="72 images do not fill one global_batch=80"):
         _run(dataclasses.replace(LINEAR, global_batch=80), trained, labelled, tmp_path)
     with pytest.raises(UserError, match="--fast works in one process, not in 2 ranks"):
-        classify_module_check(2)
+        _check_ranks(dataclasses.replace(LINEAR, features="centre-crop"), 2)
     assert not [*tmp_path.iterdir()]
-
-
-def classify_module_check(world_size: int) -> None:
-    from linerate.train.evaluate.classifier_run import _check_ranks
-
-    _check_ranks(dataclasses.replace(LINEAR, features="centre-crop"), world_size)
 
 
 def test_a_line_of_an_epoch_names_what_was_replaced() -> None:

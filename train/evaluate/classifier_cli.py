@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +79,8 @@ class ClassifierCommand(CacheOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not 0 < self.label_share <= 1:
+            raise UserError(f"--label-share {self.label_share:g} is no share; give a number above 0, as 0.01")
         if self.test is None and not 0 < self.test_share < 1:
             raise UserError(f"--test-share {self.test_share:g} must lie between 0 and 1, as 0.1")
 
@@ -163,10 +164,8 @@ def _run(command: ClassifierCommand, recipe: ClassifierConfig) -> int:
         "notes": [*labelled.notes],
         "out": str(options.out),
     }
-    if _is_first_rank():
-        for line in (*head_lines(told, recipe), *(f"note: {note}" for note in labelled.notes)):
-            _say(line)
-    outcome = run_classifiers(config, trained, labelled, options, say=_say)
+    head = [*head_lines(told, recipe), *(f"note: {note}" for note in labelled.notes)]
+    outcome = run_classifiers(config, trained, labelled, options, head=head, say=_say)
     if outcome.is_main_process:
         result = {**told, "world_size": outcome.world_size, "results": outcome.results}
         _show(result, as_json=command.json)
@@ -227,13 +226,9 @@ def head_lines(told: dict[str, Any], recipe: ClassifierConfig) -> list[str]:
     lines = [
         f"{config['protocol']}, recipe {config['recipe']}: {config['epochs']} epochs, batch "
         f"{config['global_batch']}, {lr}, {course}; {told['num_train']:,} train and {told['num_test']:,} "
-        f"test images of {told['num_classes']:,} classes at {config['size']} px; in {told['out']}"
+        f"test images of {told['num_classes']:,} classes at {config['size']} px"
     ]
     return lines if told["variant"] == "full" else [told["variant"], *lines]
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,11 +78,12 @@ def run_classifiers(
     labelled: LabelledSplit,
     options: RunOptions,
     *,
+    head: Sequence[str] = (),
     say: Say = lambda _: None,
 ) -> ClassifierOutcome:
     """Train and judge a classifier for each encoder and seed, or until SIGINT or SIGTERM.
 
-    say gets lines for people, on rank 0. Raises UserError before the first image is read, for what cannot
+    say gets lines for people, on rank 0, the head's first. Raises UserError before the first image is read, for what cannot
     work.
     """
     trained.encoder.require_size(config.size)
@@ -92,6 +93,8 @@ def run_classifiers(
     with open_ranks(bf16=bf16 and config.protocol == "finetune") as accelerator:
         _check_ranks(config, accelerator.num_processes)
         work = _Work(config, trained, labelled, options, accelerator, say)
+        for line in (*head, work.describe_place()):
+            work.say(line)
         with stop_on_signals() as stop:
             results = work.run(stop)
         return ClassifierOutcome(
@@ -133,6 +136,12 @@ class _Work:
         self.options, self.accelerator = options, accelerator
         self.say: Say = say if accelerator.is_main_process else lambda _: None
         self.device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+
+    def describe_place(self) -> str:
+        """As `cpu, 2 ranks, fp32; in OUT`."""
+        ranks = self.accelerator.num_processes
+        place = f"{self.accelerator.device.type}, {ranks} rank{'s' if ranks > 1 else ''}"
+        return f"{place}, {self.options.precision}; in {self.options.out}"
 
     def run(self, stop: StopRequest) -> list[dict[str, Any]]:
         results = []
