@@ -83,8 +83,8 @@ def run_classifiers(
 ) -> ClassifierOutcome:
     """Train and judge a classifier for each encoder and seed, or until SIGINT or SIGTERM.
 
-    say gets lines for people, on rank 0, the head's first. Raises UserError before the first image is read, for what cannot
-    work.
+    say gets lines for people, on rank 0, the head's first. Raises UserError before the first image is read,
+    for what cannot work.
     """
     trained.encoder.require_size(config.size)
     require_one_batch(config.global_batch, num_images=len(labelled.split.train))
@@ -99,7 +99,7 @@ def run_classifiers(
             results = work.run(stop)
         return ClassifierOutcome(
             results=results,
-            stopped_by=stop.signal,
+            stopped_by=stop.signal if work.stopped else None,
             world_size=accelerator.num_processes,
             is_main_process=accelerator.is_main_process,
         )
@@ -134,6 +134,8 @@ class _Work:
     ) -> None:
         self.config, self.trained, self.labelled = config, trained, labelled
         self.options, self.accelerator = options, accelerator
+        # As the ranks agreed on it: their signals come at different moments.
+        self.stopped = False
         self.say: Say = say if accelerator.is_main_process else lambda _: None
         self.device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
 
@@ -153,11 +155,11 @@ class _Work:
                 found = self._train(config, name, copy.deepcopy(encoder), xxh3, stop)
                 if found is not None:
                     runs.append(found)
-                if stop:
+                if self.stopped:
                     break
             if runs:
                 results.append({"name": name, **_summary(runs)})
-            if stop:
+            if self.stopped:
                 break
         return results
 
@@ -213,6 +215,7 @@ class _Work:
                 if training.step:
                     self.say(f"{title}: continuing after step {training.step:,} of {total:,}")
                 last = training.run(stop)
+                self.stopped = training.stopped
         finally:
             train.close()
         if last is None:
