@@ -304,6 +304,54 @@ def test_fine_tuning_changes_the_backbone_and_learns(
     assert losses[-1] < losses[0]
 
 
+def test_a_fine_tuning_is_what_a_plain_loop_computes(
+    trained: TrainedEncoder, labelled: LabelledSplit, shards: Catalog, tmp_path: Path
+) -> None:
+    """With one BN group a batch; to 1e-4, since ours sums in the channels_last order."""
+    config = dataclasses.replace(FINETUNE, epochs=1, bn_group=16)
+    _run(config, trained, labelled, tmp_path)
+    encoder = copy.deepcopy(trained.encoder).train()
+    fc = new_fc(encoder.num_features, 3, seed=0)
+    parameters = [*encoder.backbone.parameters(), *fc.parameters()]
+    sgd = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4)
+    loader = open_training_images(
+        shards,
+        recipe=crop_and_flip(size=16),
+        positions=labelled.split.train.positions,
+        backend="torch",
+        seed=0,
+        global_batch=16,
+        num_threads=1,
+    )
+    losses = []
+    for batch in loader.epoch(0):
+        loss = cross_entropy(fc(encoder.features(batch.images)), batch.label)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    loader.close()
+    assert _history(tmp_path)[0]["loss"] == pytest.approx(sum(losses) / 4, abs=1e-4)
+    weight = _state(tmp_path)["module"]["encoder.backbone.conv1.weight"]
+    torch.testing.assert_close(weight, encoder.backbone.conv1.weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_a_signal_while_features_are_extracted_ends_it_at_once(
+    trained: TrainedEncoder, labelled: LabelledSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    stop.signal = signal.SIGINT
+
+    @contextlib.contextmanager
+    def stopped() -> Iterator[StopRequest]:
+        yield stop
+
+    monkeypatch.setattr("linerate.train.evaluate.classifier_run.stop_on_signals", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _run(dataclasses.replace(LINEAR, features="centre-crop"), trained, labelled, tmp_path)
+    assert not [*tmp_path.rglob("state.pt")]
+
+
 def test_a_probe_ranks_a_trained_encoder_above_an_untrained_one(
     trained: TrainedEncoder, labelled: LabelledSplit, tmp_path: Path
 ) -> None:
