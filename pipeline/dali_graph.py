@@ -1,9 +1,9 @@
 # DALI exports by tricks that mypy does not follow.
 # mypy: disable-error-code="attr-defined,call-overload,untyped-decorator"
-"""The DALI graph from JPEG bytes and draws to two views: one function of the device.
+"""The DALI graph from JPEG bytes and draws to views, two or one: one function of the device.
 
 Inputs of a batch, by one external source: N JPEGs, and for each view what `graph_inputs` makes of its draws.
-Outputs: the query views and the key views, (N, S, S, 3) uint8.
+Outputs: the query views and the key views, or the only views, (N, S, S, 3) uint8.
 
 From the decoded image on there are two forms:
 - "kernels": compiled by numba, on the CPU alone (numba in DALI refuses CUDA 13);
@@ -23,7 +23,8 @@ from nvidia.dali import fn, math, pipeline_def, types
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws
 
 Form = Literal["kernels", "operators"]
-Source = Callable[[], tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+Source = Callable[[], tuple[Any, ...]]
+"""N JPEGs and a view's inputs for each view, once a batch."""
 
 # The jitter's operators take four steps, each either the hue or x * factor + (1 - factor) * anchor, with
 # anchor = mean_share * (mean luma) + luma_share * luma: brightness 0 0, contrast 1 0, saturation 0 1.
@@ -48,32 +49,29 @@ def graph_inputs(draws: Draws, *, form: Form) -> npt.NDArray[np.float32]:
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
-def two_views_graph(
-    source: Source, *, size: int, device: str, form: Form, hw_decoder_load: float = 0.65
-) -> tuple[Any, Any]:
+def views_graph(
+    source: Source, *, num_views: int = 2, size: int, device: str, form: Form, hw_decoder_load: float = 0.65
+) -> tuple[Any, ...]:
     """The pipeline. source: called once a batch; StopIteration ends the epoch.
 
     device: "cpu" or "gpu". hw_decoder_load: the share of a batch that the GPU's JPEG unit decodes.
     """
-    jpegs, query, key = fn.external_source(
+    jpegs, *draws = fn.external_source(
         source=source,
-        num_outputs=3,
+        num_outputs=1 + num_views,
         batch=True,
-        dtype=[types.UINT8, types.FLOAT, types.FLOAT],
-        ndim=[1, 1, 1],
+        dtype=[types.UINT8, *[types.FLOAT] * num_views],
+        ndim=[1] * (1 + num_views),
     )
     image = decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
-    return (
-        one_view(image, query, size=size, device=device, form=form),
-        one_view(image, key, size=size, device=device, form=form),
-    )
+    return tuple(one_view(image, one, size=size, device=device, form=form) for one in draws)
 
 
 @pipeline_def(exec_dynamic=True)
 def decode_graph(
     source: Callable[[], list[npt.NDArray[np.uint8]]], *, device: str, hw_decoder_load: float = 0.65
 ) -> Any:
-    """The decoder of `two_views_graph` alone; the output is N images (H, W, 3) uint8."""
+    """The decoder of `views_graph` alone; the output is N images (H, W, 3) uint8."""
     jpegs = fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1)
     return decode(jpegs, device=device, hw_decoder_load=hw_decoder_load)
 

@@ -1,6 +1,6 @@
 # DALI exports by tricks that mypy does not follow.
 # mypy: disable-error-code="attr-defined,call-overload,untyped-decorator,no-untyped-call"
-"""Two views by DALI: CPU operators and numba kernels, or the GPU's decoder and DALI's arithmetic."""
+"""Views by DALI, two or one: CPU operators and numba kernels, or the GPU's decoder and DALI's arithmetic."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from linerate.pipeline.dali_graph import Form, decode_graph, graph_inputs, two_views_graph
+from linerate.pipeline.dali_graph import Form, decode_graph, graph_inputs, views_graph
 from linerate.pipeline.draws import Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
-from linerate.pipeline.recipe import ViewRecipe
-from linerate.pipeline.two_views import TwoViews
+from linerate.pipeline.evaluation_views import LabelledImages
+from linerate.pipeline.recipe import ImageRecipe, ViewRecipe
+from linerate.pipeline.two_views import Origin, TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
 
 Fetch = Callable[[int], EncodedBatch]
-Inputs = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Inputs = tuple[Any, ...]
+"""N JPEGs and, for each view, what the graph wants of its draws."""
 
 
-class DaliViews:
+class DaliPixels:
     """Views for any number of epochs from one DALI pipeline, which is built at the first.
 
-    A TwoViews is yours for as long as you hold it. On the CPU it is the pipeline's own memory, counted by
+    A batch is yours for as long as you hold it. On the CPU it is the pipeline's own memory, counted by
     reference; on a GPU a copy on torch's current stream (two of 38 MB for 256 views: 0.05 ms), since memory
     given back to DALI while torch's kernels still wait would be overwritten under them.
     """
@@ -42,7 +44,7 @@ class DaliViews:
     def __init__(
         self,
         *,
-        recipe: ViewRecipe,
+        recipe: ViewRecipe | ImageRecipe,
         seed: int,
         batch: int,
         device: str,
@@ -63,8 +65,10 @@ class DaliViews:
         self._idle: _Pipeline | None = None
         self._in_use: deque[tuple[Any, torch.cuda.Event]] = deque()
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
-        """The views of fetch(step) for every step, in order.
+    def pixels(
+        self, fetch: Fetch, steps: range, *, epoch: int
+    ) -> Generator[tuple[list[Tensor], Origin], None, None]:
+        """The views of fetch(step), each (N, 3, S, S) uint8, and their samples, for every step, in order.
 
         fetch is called from one background thread, up to 2 * prefetch steps ahead.
         Raises UndecodableImages; this object can be run again after that and after any other error.
@@ -79,14 +83,14 @@ class DaliViews:
         try:
             for _ in steps:
                 try:
-                    query, key = pipeline.run(**self._stream())
+                    views = pipeline.run(**self._stream())
                 except RuntimeError as error:
                     raise _diagnose(fed, error) from error
                 except StopIteration:  # the feed ended early, and left the reason behind its last batch
                     raise _refusal(fed) from None
                 batch = fed.popleft()
                 assert isinstance(batch, EncodedBatch)
-                yield self._two_views(query, key, batch)
+                yield self._taken(views), origin_of(batch)
             # Only here: after an error, or with batches on their way through it, it is not used again.
             self._idle = pipeline
         finally:
@@ -98,6 +102,7 @@ class DaliViews:
 
     def _new_pipeline(self) -> _Pipeline:
         return _Pipeline(
+            num_views=self._recipe.num_views,
             size=self._recipe.size,
             device=self._device,
             form=self._form,
@@ -119,7 +124,7 @@ class DaliViews:
             batch = fetch(step)
             if rows_with_broken_header(batch):
                 return batch, None
-            query, key = (
+            inputs = [
                 graph_inputs(
                     draw_views(
                         self._recipe,
@@ -132,9 +137,9 @@ class DaliViews:
                     ),
                     form=self._form,
                 )
-                for view in (0, 1)
-            )
-            return batch, (batch.jpegs, query, key)
+                for view in range(self._recipe.num_views)
+            ]
+            return batch, (batch.jpegs, *inputs)
 
         to_do = iter(steps)
         ahead = deque(pool.submit(prepare, step) for step in islice(to_do, self._prefetch))
@@ -153,15 +158,10 @@ class DaliViews:
             return {}
         return {"cuda_stream": torch.cuda.current_stream(self._device)}
 
-    def _two_views(self, query: Any, key: Any, batch: EncodedBatch) -> TwoViews:
-        pixels = [torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2) for views in (query, key)]
-        if self._device.type == "cuda":
-            pixels = self._copied(pixels, owners=(query, key))
-        sample_id, position, label = (
-            torch.from_numpy(np.ascontiguousarray(column))
-            for column in (batch.sample_id, batch.position, batch.label)
-        )
-        return TwoViews(query=pixels[0], key=pixels[1], sample_id=sample_id, position=position, label=label)
+    def _taken(self, views: Any) -> list[Tensor]:
+        views = tuple(views)
+        pixels = [torch.from_dlpack(one.as_tensor()).permute(0, 3, 1, 2) for one in views]
+        return self._copied(pixels, owners=views) if self._device.type == "cuda" else pixels
 
     def _copied(self, pixels: list[Tensor], *, owners: Any) -> list[Tensor]:
         """Copies in torch's memory; DALI's stays taken until the copying is over, without waiting for it."""
@@ -174,12 +174,42 @@ class DaliViews:
         return copies
 
 
+class DaliViews(DaliPixels):
+    """The two views of an image. recipe: a ViewRecipe."""
+
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
+        """As `pixels`, as TwoViews."""
+        with contextlib.closing(self.pixels(fetch, steps, epoch=epoch)) as batches:
+            for pixels, origin in batches:
+                yield TwoViews.of(pixels, origin)
+
+
+class DaliImages(DaliPixels):
+    """The one view of an image, with its label. recipe: an ImageRecipe."""
+
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[LabelledImages, None, None]:
+        """As `pixels`, as LabelledImages."""
+        with contextlib.closing(self.pixels(fetch, steps, epoch=epoch)) as batches:
+            for pixels, origin in batches:
+                yield LabelledImages.of(pixels, origin)
+
+
+def origin_of(batch: EncodedBatch) -> Origin:
+    """Which samples a batch is of."""
+    sample_id, position, label = (
+        torch.from_numpy(np.ascontiguousarray(column))
+        for column in (batch.sample_id, batch.position, batch.label)
+    )
+    return sample_id, position, label
+
+
 class _Pipeline:
     """The built graph, and what feeds it at present."""
 
     def __init__(
         self,
         *,
+        num_views: int = 2,
         size: int,
         device: torch.device,
         form: Form,
@@ -189,8 +219,9 @@ class _Pipeline:
         prefetch: int,
     ) -> None:
         feed = self._feed = _Feed()
-        self._graph = two_views_graph(
+        self._graph = views_graph(
             lambda: next(feed.at_hand),
+            num_views=num_views,
             size=size,
             form=form,
             hw_decoder_load=hw_decoder_load,

@@ -17,7 +17,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from linerate.pipeline.recipe import ViewRecipe
+from linerate.pipeline.recipe import ImageRecipe, ViewRecipe
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -71,9 +71,16 @@ class Draws:
 
 
 def draw_views(
-    recipe: ViewRecipe, *, seed: int, epoch: int, sample_id: Ints, height: Ints, width: Ints, view: int
+    recipe: ViewRecipe | ImageRecipe,
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: Ints,
+    height: Ints,
+    width: Ints,
+    view: int,
 ) -> Draws:
-    """The draws of view 0 (query) or 1 (key) of N samples.
+    """The draws of view 0 (query, or the only one) or 1 (key) of N samples.
 
     sample_id, height, width: (N,) integers; height and width of the image as stored, in pixels.
     """

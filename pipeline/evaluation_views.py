@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.reader import ShardReader
+from linerate.pipeline.two_views import Origin
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 
@@ -26,7 +27,7 @@ AHEAD_BATCHES = 2
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A batch of N images, seen once, without randomness."""
+    """A batch of N images, each seen once."""
 
     images: Tensor
     """(N, 3, S, S) uint8, channels_last strides, on the device."""
@@ -36,6 +37,13 @@ class LabelledImages:
     """(N,) int64 on the CPU."""
     sample_id: Tensor
     """(N,) int64 on the CPU."""
+
+    @classmethod
+    def of(cls, pixels: Sequence[Tensor], origin: Origin) -> LabelledImages:
+        """pixels: the one view of each."""
+        (images,) = pixels
+        sample_id, position, label = origin
+        return cls(images=images, label=label, position=position, sample_id=sample_id)
 
 
 def open_images(

@@ -1,4 +1,7 @@
-"""`open_views`: the two views of every sample, in order, by the backend of your choice."""
+"""`open_views`: the two views of every sample, in order, by the backend of your choice.
+
+`open_training_images`: one view of every labelled sample that is wanted, in the same kind of order.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from linerate.pipeline.bad_samples import (
     DEFAULT_BAD_SHARE,
@@ -18,10 +21,11 @@ from linerate.pipeline.bad_samples import (
 from linerate.pipeline.cache import lanes_here, open_shards, place_of, require_room
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.evaluation_views import LabelledImages
 from linerate.pipeline.host_memory import give_back_memory
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
-from linerate.pipeline.reader import EpochFetch
-from linerate.pipeline.recipe import ViewRecipe, find_recipe
+from linerate.pipeline.reader import EpochFetch, Ints, subset_sizes
+from linerate.pipeline.recipe import ImageRecipe, ViewRecipe, find_recipe
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -36,11 +40,17 @@ _CLASSES = {
     "synthetic": ("linerate.pipeline.synthetic_views", "SyntheticViews"),
 }
 BACKENDS = tuple(_CLASSES)
+_IMAGE_CLASSES = {
+    "dali": ("linerate.pipeline.dali_views", "DaliImages"),
+    "torch": ("linerate.pipeline.torch_views", "TorchImages"),
+}
+BatchT = TypeVar("BatchT", TwoViews, LabelledImages)
+BatchT_co = TypeVar("BatchT_co", TwoViews, LabelledImages, covariant=True)
 GIVE_BACK_STEPS = 256
 """How often within an epoch: the steps after it fault in what they need, 0.2 ms an image for one batch."""
 
 
-class Backend(Protocol):
+class Backend(Protocol[BatchT_co]):
     """Turns encoded images into views, by the recipe's draws. To add one: a class and a line above."""
 
     own_order: bool
@@ -48,7 +58,7 @@ class Backend(Protocol):
 
     def run(
         self, fetch: Callable[[int], EncodedBatch], steps: range, *, epoch: int
-    ) -> Generator[TwoViews, None, None]: ...
+    ) -> Generator[BatchT_co, None, None]: ...
 
     def close(self) -> None: ...
 
@@ -63,16 +73,14 @@ def open_backend(
     num_threads: int | None = None,
     prefetch: int = 2,
     hw_decoder_load: float | None = None,
-) -> Backend:
+) -> Backend[TwoViews]:
     """The backend of that name. Raises UserError with the nearest name where there is none.
 
     hw_decoder_load: the share of a batch that a GPU's JPEG unit decodes for dali; None: dali_graph's own.
     """
-    if name not in _CLASSES:
-        raise nearest(name, list(_CLASSES), what="backend")
-    module, class_name = _CLASSES[name]
+    make = _find_class(name, _CLASSES)
     own = {"hw_decoder_load": hw_decoder_load} if name == "dali" and hw_decoder_load is not None else {}
-    backend: Backend = getattr(importlib.import_module(module), class_name)(
+    backend: Backend[TwoViews] = make(
         recipe=recipe,
         seed=seed,
         batch=batch,
@@ -84,26 +92,35 @@ def open_backend(
     return backend
 
 
-class ViewLoader:
-    """A rank's views, epoch by epoch. (epoch, step) is the whole state of a run."""
+def _find_class(name: str, classes: dict[str, tuple[str, str]]) -> Callable[..., Any]:
+    if name not in classes:
+        raise nearest(name, list(classes), what="backend")
+    module, class_name = classes[name]
+    found: Callable[..., Any] = getattr(importlib.import_module(module), class_name)
+    return found
+
+
+class Loader(Generic[BatchT]):
+    """A rank's batches, epoch by epoch. (epoch, step) is the whole state of a run."""
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Backend[BatchT],
         fetch: EpochFetch,
         replacements: Replacements,
         *,
         steps_per_epoch: int,
         num_dropped: int,
     ) -> None:
-        self._backend, self._fetch = backend, fetch
+        self._backend: Backend[BatchT] = backend
+        self._fetch = fetch
         self.replacements = replacements
         self.steps_per_epoch = steps_per_epoch
         self.num_dropped = num_dropped
         """Samples that each epoch leaves out, others every time."""
         self.rank_batch = fetch.rank_batch
 
-    def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[TwoViews, None, None]:
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Generator[BatchT, None, None]:
         """The batches start_step..steps_per_epoch-1 of an epoch. Hold only the one at hand.
 
         Bad samples are replaced and counted; what the backend had in the making is made again then, so
@@ -132,7 +149,7 @@ class ViewLoader:
                     num = len(error.position) if error.shard is None else self._rows(error.shard)
                     self._replaced(num)
 
-    def _count(self, views: TwoViews, step: int) -> None:
+    def _count(self, views: BatchT, step: int) -> None:
         if self.replacements.known and not self._backend.own_order:
             self._replaced(int((views.position.numpy() != self._fetch.positions(step)).sum()))
 
@@ -145,6 +162,10 @@ class ViewLoader:
     def close(self) -> None:
         self._backend.close()
         self._fetch.close()
+
+
+ViewLoader = Loader[TwoViews]
+ImageLoader = Loader[LabelledImages]
 
 
 def open_views(
@@ -175,31 +196,19 @@ def open_views(
     """
     catalog = catalog if isinstance(catalog, Catalog) else open_shards(catalog)
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    lanes = default_num_lanes(global_batch) if num_lanes is None else num_lanes
-    _check_world_size(global_batch, lanes, rank=rank, world_size=world_size)
-    order = EpochOrder(
-        catalog.shard_sizes,
-        seed=seed,
-        epoch=0,
-        global_batch=global_batch,
-        num_lanes=lanes,
-        window_shards=window_shards,
-    )
-    require_room(catalog, num_lanes=lanes_here(lanes, world_size=world_size), window_shards=window_shards)
     if backend == "ffcv" and catalog.bring:
         raise UserError(
             "--backend ffcv reads a .beton of the whole set, which a cache of shards is not; copy the shards "
             "here and run `linerate shard beton`, or take another --backend"
         )
-    fetch = EpochFetch(
-        place_of(catalog),
+    fetch, order = _open_fetch(
+        catalog,
         seed=seed,
-        epoch=0,
         global_batch=global_batch,
-        num_lanes=lanes,
-        window_shards=window_shards,
         rank=rank,
         world_size=world_size,
+        num_lanes=num_lanes,
+        window_shards=window_shards,
     )
     views = open_backend(
         backend,
@@ -211,13 +220,90 @@ def open_views(
         prefetch=prefetch,
         hw_decoder_load=hw_decoder_load,
     )
-    return ViewLoader(
+    return Loader(
         views,
         fetch,
         Replacements(catalog, share=bad_share, on_bad=on_bad),
         steps_per_epoch=order.num_steps,
         num_dropped=order.num_dropped,
     )
+
+
+def open_training_images(
+    catalog: Catalog,
+    *,
+    recipe: ImageRecipe,
+    positions: Ints,
+    backend: str = "dali",
+    device: str = "cpu",
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int | None = None,
+    prefetch: int = 2,
+    bad_share: float = DEFAULT_BAD_SHARE,
+    on_bad: Callable[[BadSample], None] = log_bad_sample,
+) -> ImageLoader:
+    """One view of each sample at positions, an epoch's in an order of its own; one rank's share of it.
+
+    positions: (N,) ascending; damaged samples are replaced from among them. The rest as in `open_views`.
+    """
+    fetch, order = _open_fetch(
+        catalog, seed=seed, global_batch=global_batch, rank=rank, world_size=world_size, subset=positions
+    )
+    images: Backend[LabelledImages] = _find_class(backend, _IMAGE_CLASSES)(
+        recipe=recipe,
+        seed=seed,
+        batch=fetch.rank_batch,
+        device=device,
+        num_threads=num_threads or default_num_threads(),
+        prefetch=prefetch,
+    )
+    return Loader(
+        images,
+        fetch,
+        Replacements(catalog, share=bad_share, on_bad=on_bad),
+        steps_per_epoch=order.num_steps,
+        num_dropped=order.num_dropped,
+    )
+
+
+def _open_fetch(
+    catalog: Catalog,
+    *,
+    seed: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    num_lanes: int | None = None,
+    window_shards: int = DEFAULT_WINDOW_SHARDS,
+    subset: Ints | None = None,
+) -> tuple[EpochFetch, EpochOrder]:
+    """A rank's reader and the order of its first epoch. Raises UserError for what cannot work."""
+    lanes = default_num_lanes(global_batch) if num_lanes is None else num_lanes
+    _check_world_size(global_batch, lanes, rank=rank, world_size=world_size)
+    order = EpochOrder(
+        subset_sizes(catalog, subset),
+        seed=seed,
+        epoch=0,
+        global_batch=global_batch,
+        num_lanes=lanes,
+        window_shards=window_shards,
+    )
+    require_room(catalog, num_lanes=lanes_here(lanes, world_size=world_size), window_shards=window_shards)
+    fetch = EpochFetch(
+        place_of(catalog),
+        seed=seed,
+        epoch=0,
+        global_batch=global_batch,
+        num_lanes=lanes,
+        window_shards=window_shards,
+        rank=rank,
+        world_size=world_size,
+        subset=subset,
+    )
+    return fetch, order
 
 
 def _check_world_size(global_batch: int, num_lanes: int, *, rank: int, world_size: int) -> None:

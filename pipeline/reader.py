@@ -190,17 +190,21 @@ class EpochFetch:
         world_size: int = 1,
         ahead_steps: int = 4,
         known_bad: KnownBad | None = None,
+        subset: Ints | None = None,
     ) -> None:
         """place: the folder of the shards, or their mirror here (cache.place_of).
 
         ahead_steps: how many steps before its own a batch is read into the page cache.
 
         known_bad: what is replaced by its neighbours.
+
+        subset: (N,) ascending positions, the only samples that are read; None: all. Neighbours are of it too.
         """
         self.place, self.rank, self.world_size, self.ahead_steps = place, rank, world_size, ahead_steps
         self.seed, self.epoch = seed, epoch
         self.global_batch, self.num_lanes, self.window_shards = global_batch, num_lanes, window_shards
         self.known_bad = known_bad or KnownBad()
+        self.subset = subset
         self._order: EpochOrder | None = None
         self._reader: ShardReader | None = None
         self._advised = -1
@@ -212,7 +216,7 @@ class EpochFetch:
 
     def positions(self, step: int) -> Ints:
         """(rank_batch,) int64: what this rank reads at step."""
-        return self._open()[0].positions(step, rank=self.rank, world_size=self.world_size)
+        return self._taken(self._places(step))
 
     @property
     def starts(self) -> Ints:
@@ -242,7 +246,19 @@ class EpochFetch:
         self._told = step, change
 
     def _stand_ins(self, step: int) -> Ints:
-        return self.known_bad.stand_ins(self.positions(step), self.starts)
+        if self.subset is None:
+            return self.known_bad.stand_ins(self._places(step), self.starts)
+        bad = np.fromiter(self.known_bad.positions, dtype=np.int64)
+        places = np.searchsorted(self.subset, bad)[np.isin(bad, self.subset)]
+        known = KnownBad(frozenset(places.tolist()), self.known_bad.shards)
+        return self._taken(known.stand_ins(self._places(step), np.searchsorted(self.subset, self.starts)))
+
+    def _places(self, step: int) -> Ints:
+        """What is read at step, as places in the subset: what the order counts."""
+        return self._open()[0].positions(step, rank=self.rank, world_size=self.world_size)
+
+    def _taken(self, places: Ints) -> Ints:
+        return places if self.subset is None else self.subset[places]
 
     def for_epoch(self, epoch: int) -> EpochFetch:
         """The same rank in another epoch; takes over the open shards."""
@@ -274,7 +290,7 @@ class EpochFetch:
 
     def _order_of(self, catalog: Catalog, epoch: int) -> EpochOrder:
         return EpochOrder(
-            catalog.shard_sizes,
+            subset_sizes(catalog, self.subset),
             seed=self.seed,
             epoch=epoch,
             global_batch=self.global_batch,
@@ -288,6 +304,11 @@ class EpochFetch:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._order, self._reader, self._advised, self._told = None, None, -1, (0, 0)
+
+
+def subset_sizes(catalog: Catalog, subset: Ints | None) -> Ints:
+    """(S,) samples of each shard that the subset (None: all) takes."""
+    return catalog.shard_sizes if subset is None else np.diff(np.searchsorted(subset, catalog.starts))
 
 
 class _OpenFiles:

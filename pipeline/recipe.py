@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import nearest
@@ -60,6 +61,7 @@ class OneView:
 class ViewRecipe:
     """What may happen to the two views of an image."""
 
+    num_views: ClassVar[int] = 2
     name: str
     size: int = 224
     """Height and width of a view in pixels."""
@@ -75,6 +77,25 @@ class ViewRecipe:
     def view(self, view: int) -> OneView:
         """The part for view 0 (query) or 1 (key)."""
         return (self.query, self.key)[view]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe:
+    """What may happen to the one view of an image that a classifier learns from."""
+
+    num_views: ClassVar[int] = 1
+    name: str
+    size: int = 224
+    """Height and width of a view in pixels."""
+    image: OneView
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"recipe {self.name}: size={self.size} must be at least 1 pixel")
+
+    def view(self, view: int) -> OneView:
+        """The part for view 0, the only one."""
+        return (self.image,)[view]
 
 
 def v1(*, size: int = 224) -> ViewRecipe:
@@ -108,6 +129,15 @@ def v3(*, size: int = 224, crop_min: float = 0.2) -> ViewRecipe:
         query=OneView(crop_scale=crop, saturation=0.2, blur_probability=1.0),
         key=OneView(crop_scale=crop, saturation=0.2, blur_probability=0.1, solarize_probability=0.2),
     )
+
+
+def crop_and_flip(*, size: int = 224) -> ImageRecipe:
+    """What a classifier is trained on: a crop of 8 % of the area or more, mirrored half the time.
+
+    Source: facebookresearch/moco, main_lincls.py.
+    """
+    one = OneView(crop_scale=(0.08, 1.0), jitter_probability=0.0, gray_probability=0.0, blur_probability=0.0)
+    return ImageRecipe(name="crop-and-flip", size=size, image=one)
 
 
 RECIPES: dict[str, Callable[..., ViewRecipe]] = {"v1": v1, "v2": v2, "v3": v3}

@@ -1,7 +1,8 @@
-"""Two views by Pillow and torchvision v2: the truth that the other backends are held against."""
+"""Views by Pillow and torchvision v2, two or one: the truth that the other backends are held against."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import multiprocessing
@@ -20,24 +21,32 @@ from torchvision.transforms.v2 import functional as F
 from linerate.pipeline.bad_samples import BadSamples
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
-from linerate.pipeline.recipe import ViewRecipe
-from linerate.pipeline.two_views import TwoViews
+from linerate.pipeline.evaluation_views import LabelledImages
+from linerate.pipeline.recipe import ImageRecipe, ViewRecipe
+from linerate.pipeline.two_views import Origin, TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
 
 Fetch = Callable[[int], EncodedBatch]
 _JITTER_OPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-class TorchViews:
+class TorchPixels:
     """Views by DataLoader workers, one process a thread asked for; in this process if that is one.
 
-    Each worker makes whole batches. A TwoViews is yours for as long as you hold it.
+    Each worker makes whole batches. A batch is yours for as long as you hold it.
     """
 
     own_order = False
 
     def __init__(
-        self, *, recipe: ViewRecipe, seed: int, batch: int, device: str, num_threads: int, prefetch: int
+        self,
+        *,
+        recipe: ViewRecipe | ImageRecipe,
+        seed: int,
+        batch: int,
+        device: str,
+        num_threads: int,
+        prefetch: int,
     ) -> None:
         """batch is there for the sake of the protocol. prefetch: batches in the making, over all workers."""
         self._recipe, self._seed = recipe, seed
@@ -45,8 +54,13 @@ class TorchViews:
         self._num_workers = num_threads if num_threads > 1 else 0
         self._prefetch = max(1, prefetch)
 
-    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
-        """The views of fetch(step) for every step, in order. Raises BadSamples."""
+    def pixels(
+        self, fetch: Fetch, steps: range, *, epoch: int
+    ) -> Generator[tuple[list[Tensor], Origin], None, None]:
+        """The views of fetch(step), each (N, 3, S, S) uint8, and their samples, for every step, in order.
+
+        Raises BadSamples.
+        """
         num_workers = min(self._num_workers, len(steps))
         loader = DataLoader(
             _Steps(fetch, self._recipe, self._seed, epoch, steps),
@@ -59,12 +73,32 @@ class TorchViews:
         for pixels, origin in loader:
             if isinstance(origin, BadSamples):
                 raise origin
-            query, key = (one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels)
+            moved = [one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels]
             sample_id, position, label = origin
-            yield TwoViews(query=query, key=key, sample_id=sample_id, position=position, label=label)
+            yield moved, (sample_id, position, label)
 
     def close(self) -> None:
         """Nothing outlives run."""
+
+
+class TorchViews(TorchPixels):
+    """The two views of an image. recipe: a ViewRecipe."""
+
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[TwoViews, None, None]:
+        """As `pixels`, as TwoViews."""
+        with contextlib.closing(self.pixels(fetch, steps, epoch=epoch)) as batches:
+            for pixels, origin in batches:
+                yield TwoViews.of(pixels, origin)
+
+
+class TorchImages(TorchPixels):
+    """The one view of an image, with its label. recipe: an ImageRecipe."""
+
+    def run(self, fetch: Fetch, steps: range, *, epoch: int) -> Generator[LabelledImages, None, None]:
+        """As `pixels`, as LabelledImages."""
+        with contextlib.closing(self.pixels(fetch, steps, epoch=epoch)) as batches:
+            for pixels, origin in batches:
+                yield LabelledImages.of(pixels, origin)
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
@@ -77,15 +111,15 @@ def worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-Item = tuple[tuple[Tensor, Tensor] | None, Tensor | BadSamples]
+Item = tuple[list[Tensor] | None, Tensor | BadSamples]
 
 
 @dataclass(frozen=True)
 class _Steps(Dataset[Item]):
-    """Step of an epoch -> ((query, key) in NHWC, (sample_id, position, label) as rows of one tensor)."""
+    """Step of an epoch -> (its views in NHWC, (sample_id, position, label) as rows of one tensor)."""
 
     fetch: Fetch
-    recipe: ViewRecipe
+    recipe: ViewRecipe | ImageRecipe
     seed: int
     epoch: int
     steps: range
@@ -101,10 +135,11 @@ class _Steps(Dataset[Item]):
             # Raised here it would reach the parent with the worker's traceback for a message.
             return None, error
         origin = np.stack([batch.sample_id, batch.position, batch.label])
-        query, key = (
-            reference_views(images, self._draws(batch, view), size=self.recipe.size) for view in (0, 1)
-        )
-        return (query, key), torch.from_numpy(origin)
+        views = [
+            reference_views(images, self._draws(batch, view), size=self.recipe.size)
+            for view in range(self.recipe.num_views)
+        ]
+        return views, torch.from_numpy(origin)
 
     def _draws(self, batch: EncodedBatch, view: int) -> Draws:
         return draw_views(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+Origin = tuple[Tensor, Tensor, Tensor]
+"""Of N samples on the CPU: sample_id, position, label, each (N,) int64."""
 
 
 @dataclass(frozen=True)
@@ -26,3 +30,10 @@ class TwoViews:
     """(N,) int64: the place of the sample in packed order, 0..num_samples-1."""
     label: Tensor
     """(N,) int64: the index of its class, -1 where it has none."""
+
+    @classmethod
+    def of(cls, pixels: Sequence[Tensor], origin: Origin) -> TwoViews:
+        """pixels: the query and the key views."""
+        query, key = pixels
+        sample_id, position, label = origin
+        return cls(query=query, key=key, sample_id=sample_id, position=position, label=label)

@@ -29,6 +29,7 @@ from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
+from linerate.train.evaluate.classifier_cli import main_finetune, main_linear
 from linerate.train.evaluate.cli import main_knn
 from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, Recipe, decide_lr, find_recipe
@@ -310,8 +311,12 @@ def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8
 
 
 def main_eval(argv: list[str]) -> int:
-    """`linerate eval knn RUN --train SHARDS ...`."""
-    commands = {"knn": (main_knn, "k nearest neighbours among labelled images vote for the class")}
+    """`linerate eval knn|linear|finetune RUN --train SHARDS ...`."""
+    commands = {
+        "knn": (main_knn, "k nearest neighbours among labelled images vote for the class"),
+        "linear": (main_linear, "a linear classifier on the frozen backbone's features"),
+        "finetune": (main_finetune, "the whole network learns the classes from the encoder's weights on"),
+    }
     return dispatch(commands, argv, prog="linerate eval")
 
 

@@ -248,17 +248,32 @@ def decide_lr(config: TrainConfig, *, recipe: TrainConfig, lr_given: bool, scale
     lr_given: the user named `lr`; scale_lr: the recipe's lr times B / B of the recipe (Goyal et al.'s rule,
     as MoCo's 0.03 at 256 and 0.12 at 1024). Raises UserError for another batch without either, or with both.
     """
-    batch, recipe_batch = config.optim.global_batch, recipe.optim.global_batch
-    scaled = recipe.optim.lr * batch / recipe_batch
-    if lr_given and scale_lr:
-        raise UserError(
-            f"--lr {config.optim.lr:g} and --scale-lr (which gives {scaled:g}) contradict; keep one of them"
-        )
+    lr = decided_lr(
+        config.optim.lr if lr_given else None,
+        batch=config.optim.global_batch,
+        recipe=recipe.recipe,
+        recipe_lr=recipe.optim.lr,
+        recipe_batch=recipe.optim.global_batch,
+        scale_lr=scale_lr,
+    )
+    return config if lr_given else dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
+
+
+def decided_lr(
+    lr: float | None, *, batch: int, recipe: str, recipe_lr: float, recipe_batch: int, scale_lr: bool
+) -> float:
+    """The learning rate for a batch, of training and of classifiers: lr, or the recipe's, scaled or not.
+
+    lr: what the user named; None: nothing. Raises UserError as decide_lr.
+    """
+    scaled = recipe_lr * batch / recipe_batch
+    if lr is not None and scale_lr:
+        raise UserError(f"--lr {lr:g} and --scale-lr (which gives {scaled:g}) contradict; keep one of them")
     if scale_lr:
-        return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=scaled))
-    if batch != recipe_batch and not lr_given:
+        return scaled
+    if batch != recipe_batch and lr is None:
         raise UserError(
-            f"global_batch={batch} is not the {recipe_batch} that lr={recipe.optim.lr:g} of {recipe.recipe} "
+            f"global_batch={batch} is not the {recipe_batch} that lr={recipe_lr:g} of {recipe} "
             f"is for; decide: --scale-lr for {scaled:g} (linear in the batch), or --lr VALUE"
         )
-    return config
+    return recipe_lr if lr is None else lr

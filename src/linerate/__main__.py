@@ -10,7 +10,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
     "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
-    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn"),
+    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune"),
     "export": (
         "linerate.train.cli",
         "main_export",
@@ -37,6 +37,8 @@ INTERRUPTED = {
     "shard pack": "the same command continues where it stopped",
     "demo": "the same command continues where it stopped",
     "train": "the same command with --resume continues from the last checkpoint, if there is one",
+    "eval linear": "the same command continues where it stopped",
+    "eval finetune": "the same command continues where it stopped",
     "bench run": "records that are in --out already stay there; the same command measures anew",
 }
 
