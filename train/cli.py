@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -23,11 +23,12 @@ from linerate.pipeline.cache import (
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError, show_bytes
-from linerate.shards.terminal import dispatch, emit_json, parse_args
+from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
 from linerate.train.plan import plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
+from linerate.train.speed_profile import load_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +39,34 @@ class ConfigFlags(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(CacheOptions):
-    """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
+class RecipeCommand(CacheOptions):
+    """A command whose first word is a recipe."""
 
     shards: str | None = None
-    """Folder that `linerate shard pack` made, or its URL (s3://, gs://, https://); --dry-run does without."""
+    """Folder that `linerate shard pack` made, or its URL (s3://, gs://, https://)."""
+    scale_lr: bool = False
+    """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+    config: ConfigFlags
+
+
+RecipeCommandT = TypeVar("RecipeCommandT", bound=RecipeCommand)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(RecipeCommand):
+    """Pretrain an encoder with MoCo by a recipe; every flag below changes one of its fields."""
+
     # Under torchrun only the long name works: it takes --run for a beginning of its own --run-path.
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder for log, checkpoints and config; under torchrun write --run-dir."""
     resume: bool = False
     """Continue from the newest whole checkpoint in --run; start anew where there is none."""
-    scale_lr: bool = False
-    """With another --global-batch: scale the recipe's lr by batch / recipe's batch."""
     dry_run: bool = False
-    """Print the plan (steps, learning rates, memory) and stop."""
-    json: bool = False
-    """One JSON object on stdout instead of a table."""
-    config: ConfigFlags
+    """Print the plan (steps, learning rates, memory) and stop; needs neither --shards nor --run."""
+    profile: Path | None = None
+    """Switches that `linerate tune` found; flags given beside it count more."""
 
 
 def main_train(argv: list[str]) -> int:
@@ -62,12 +74,9 @@ def main_train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         _print_recipes()
         return 0
-    if argv[0].startswith("-"):
-        raise UserError(f"the recipe comes first, as in `linerate train {next(iter(RECIPES))} {argv[0]} ...`")
-    recipe = find_recipe(argv[0])
     command, config = parse_train(argv)
     if command.dry_run:
-        return _dry_run(command, config, nominal_images=recipe.num_images)
+        return _dry_run(command, config, nominal_images=find_recipe(argv[0]).num_images)
     if command.shards is None or command.run is None:
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
@@ -79,10 +88,31 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
 
     Shards that are named must be there and fill a batch: no learning rate helps one that is too large.
     """
+    command, config = parse_recipe(TrainCommand, argv, prog="linerate train")
+    if command.profile is not None:
+        for note in load_profile(command.profile).notes(config):
+            stderr.print(f"note: {note}", highlight=False, markup=False)
+    return command, config
+
+
+def parse_recipe(
+    kind: type[RecipeCommandT], argv: list[str], *, prog: str
+) -> tuple[RecipeCommandT, TrainConfig]:
+    """A command whose first word is a recipe and whose flags are the recipe's fields, and its config.
+
+    A --profile is taken over before the flags, which go before it. Raises UserError where shards that are
+    named do not fill a batch, or another batch comes without a decision about lr.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f"the recipe comes first, as in `{prog} {next(iter(RECIPES))} {' '.join(argv[:1])} ...`"
+        )
     recipe = find_recipe(argv[0]).build()
-    default = TrainCommand(config=ConfigFlags(**_fields(recipe)))
     words = _one_length(argv[1:])
-    command = parse_args(TrainCommand, words, prog=f"linerate train {argv[0]}", default=default)
+    profile = _value_of("--profile", words)
+    start = load_profile(Path(profile)).apply(recipe) if profile is not None else recipe
+    default: Any = {"config": ConfigFlags(**_fields(start))}
+    command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
     if command.shards is not None:
         num_images = open_shards(command.shards, command).num_samples
@@ -101,6 +131,17 @@ def _one_length(words: list[str]) -> list[str]:
 
 def _is_given(flag: str, words: list[str]) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """The word after the last `flag`, or behind its `=`; None: it is not given."""
+    value = None
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            value = after
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:

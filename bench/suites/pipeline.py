@@ -37,10 +37,7 @@ def measure_pipeline(
     ceiling is the loader alone. Nothing of a run changes: the encoders are new ones.
     budget_s: about how long it may take, start-up not counted; one batch a round is the least.
     """
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.closing(_Stages(config, catalog, Path(scratch))) as stages,
-    ):
+    with contextlib.closing(Stages(config, catalog)) as stages:
         num_batches = stages.fit(budget_s, rounds)
         before = probe()
         sides = {
@@ -94,14 +91,15 @@ def bench_train(setting: Setting) -> Iterator[Record]:
     yield from measure_pipeline(config, catalog, budget_s=budget_s, rounds=setting.rounds)
 
 
-class _Stages:
+class Stages:
     """The run's loader and learner, and views that are there already."""
 
-    def __init__(self, config: TrainConfig, catalog: Catalog, scratch: Path) -> None:
+    def __init__(self, config: TrainConfig, catalog: Catalog) -> None:
         self.config, self.catalog = config, catalog
         self.batch = config.optim.global_batch
         self._open = contextlib.ExitStack()
-        accelerator = self._open.enter_context(open_accelerator(config, run_dir=scratch))
+        scratch = self._open.enter_context(tempfile.TemporaryDirectory())
+        accelerator = self._open.enter_context(open_accelerator(config, run_dir=Path(scratch)))
         self._device = accelerator.device.type
         self.on_gpu = self._device == "cuda"
         self._learner = Learner(config, accelerator)
@@ -157,6 +155,14 @@ class _Stages:
         """Steps on views that are there already."""
         for place in range(num_batches):
             self._step(self._resident[place % len(self._resident)])
+
+    def first_losses(self, num_steps: int) -> list[float]:
+        """The loss of each of the next steps on views that are there already; the host waits for each."""
+        losses = []
+        for place in range(num_steps):
+            self._step(self._resident[place % len(self._resident)])
+            losses.append(self._learner.read_metrics(stop=False)[0]["loss"])
+        return losses
 
     def load_and_learn(self, num_batches: int) -> None:
         """Steps on the loader's batches, as a run does them."""

@@ -9,6 +9,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "shard": ("linerate.shards.cli", "main", "pack images into WebDataset tars; verify, inspect, preview"),
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
+    "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn"),
     "export": ("linerate.train.cli", "main_export", "write the encoder for torchvision, timm or safetensors"),
     "bench": ("linerate.bench.cli", "main", "measure throughput; compare two records"),
