@@ -200,6 +200,8 @@ class Speed:
     """Whether torch.compile works on the encoders."""
     micro_batch: int | None = None
     """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
+    hw_decoder_load: float = 0.65
+    """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
     loader_threads: int | None = None
     """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
     prefetch: int = 2
