@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def is_given(flag: str, words: list[str]) -> bool:
 def _value_of(flag: str, words: list[str]) -> str | None:
     """The word after the last `flag`, or behind its `=`; None: it is not given."""
     value = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in itertools.zip_longest(words, words[1:]):
         if word == flag:
             value = after
         elif word.startswith(f"{flag}="):

@@ -215,10 +215,11 @@ class _Lines:
         self._thread.join(timeout=5.0)
 
     def _pass_on(self) -> None:
-        for line in self._stream:
-            self.last = line.strip() or self.last
-            sys.stderr.write(line)
-            sys.stderr.flush()
+        with self._stream:
+            for line in self._stream:
+                self.last = line.strip() or self.last
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
 def _reason(returncode: int, last_line: str) -> str | None:

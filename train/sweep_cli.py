@@ -20,10 +20,10 @@ from linerate.shards.terminal import emit_json, stderr
 from linerate.train.cli import RecipeCommand, is_given, parse_recipe
 from linerate.train.sweep_cells import OVERS, Over
 from linerate.train.sweep_plan import SWEPT_FIELD, SweepPlan, plan_sweep
-from linerate.train.sweep_results import CellResult, mean_and_range, rows_of
 
 if TYPE_CHECKING:
     from linerate.train.sweep import SweepEnd, TrainProcess
+    from linerate.train.sweep_results import CellResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +162,17 @@ def _print_end(command: SweepCommand, plan: SweepPlan, end: SweepEnd, *, out: Pa
         return
     console = Console()
     console.print(_table(plan, end.results))
-    console.print("paper: linear probe of a ResNet-50, 200 epochs of ImageNet-1M; ours: kNN of this sweep.")
+    console.print("paper: linear top-1, ResNet-50, 200 epochs of ImageNet-1M; kNN and pretext: top-1 here.")
     console.print("`memory`: read off the paper's figure from memory, not from its text.", highlight=False)
     console.print(f"{out / 'results.jsonl'}, {out / 'sweep.png'}", highlight=False, soft_wrap=True)
 
 
 def _table(plan: SweepPlan, results: Sequence[CellResult]) -> Table:
     """The paper's cells and ours; several seeds as `mean (least to most)`."""
+    from linerate.train.sweep_results import mean_and_range, rows_of
+
     table = Table(title=f"the paper's ablation of {plan.over}", title_justify="left")
-    for name in ("", "paper, %", "kNN top-1, %", "pretext top-1, %", "loss (chance)", ""):
+    for name in ("", "paper, %", "kNN, %", "pretext, %", "loss (chance)", ""):
         table.add_column(name, overflow="fold")
     for row in rows_of(plan, results):
         loss = mean_and_range(row.figures("loss"), digits=2)
