@@ -133,7 +133,7 @@ def parse_recipe(
     if command.shards is not None:
         num_images = open_shards(command.shards, command).num_samples
         require_one_batch(config.optim.global_batch, num_images=num_images)
-    lr_given = _is_given("--lr", words)
+    lr_given = is_given("--lr", words)
     return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
 
 
@@ -151,12 +151,13 @@ def _with_values(words: list[str]) -> list[str]:
 def _one_length(words: list[str]) -> list[str]:
     """The words, with the recipe's own length switched off where they give one in the other unit."""
     for given, other in (("--epochs", "--iterations"), ("--iterations", "--epochs")):
-        if _is_given(given, words) and not _is_given(other, words):
+        if is_given(given, words) and not is_given(other, words):
             return [*words, other, "None"]
     return words
 
 
-def _is_given(flag: str, words: list[str]) -> bool:
+def is_given(flag: str, words: list[str]) -> bool:
+    """Whether the words name the flag, as `--lr 0.1` or `--lr=0.1`."""
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
 

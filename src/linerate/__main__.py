@@ -9,6 +9,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "shard": ("linerate.shards.cli", "main", "pack images into WebDataset tars; verify, inspect, preview"),
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
+    "sweep": ("linerate.train.sweep_cli", "main", "run an ablation of the paper, its figures beside ours"),
     "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune"),
     "export": (
@@ -39,6 +40,7 @@ INTERRUPTED = {
     "train": "the same command with --resume continues from the last checkpoint, if there is one",
     "eval linear": "the same command continues where it stopped",
     "eval finetune": "the same command continues where it stopped",
+    "sweep": "the same command continues where it stopped",
     "bench run": "records that are in --out already stay there; the same command measures anew",
 }
 
