@@ -241,7 +241,7 @@ def _world_size(command: TrainCommand) -> int:
 
 def _precision_note(config: TrainConfig) -> str:
     """What the activations were counted in: a plan is often made where there is no GPU."""
-    from linerate.train.launch import resolve_precision
+    from linerate.train.switches import resolve_precision
 
     told = f"a rank's, activations in {resolve_precision(config.speed)}"
     if config.speed.precision == "auto":
