@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from tests.train.small import SMALL, small
 
-from linerate.pipeline.loader import ViewLoader
+from linerate.pipeline.loader import Loader
 from linerate.pipeline.two_views import TwoViews
 from linerate.train.checkpoint import list_checkpoints
 from linerate.train.learner import Learner
@@ -107,7 +107,7 @@ def waiting(shards: str, run: Path, rank: int) -> dict[str, Any]:
     """Rank 0's sixth batch does not come; rank 1, which has its own, is told to stop."""
 
     def starved(epoch_views: Any) -> Any:
-        def epoch(self: ViewLoader, epoch: int, **kwargs: Any) -> Generator[TwoViews, None, None]:
+        def epoch(self: Loader[TwoViews], epoch: int, **kwargs: Any) -> Generator[TwoViews, None, None]:
             for step, batch in enumerate(epoch_views(self, epoch, **kwargs)):
                 if (epoch, step) == (1, 1):
                     if rank:
@@ -118,7 +118,7 @@ def waiting(shards: str, run: Path, rank: int) -> dict[str, Any]:
 
         return epoch
 
-    undo = patched(ViewLoader, "epoch", starved)
+    undo = patched(Loader, "epoch", starved)
     summary = pretrain(small(checkpoint_steps=100), shards=shards, run_dir=run)
     undo()
     return dataclasses.asdict(summary)

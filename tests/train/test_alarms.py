@@ -12,7 +12,7 @@ import torch
 from tests.train.small import SMALL, small
 from torch import Tensor
 
-from linerate.pipeline.loader import ViewLoader
+from linerate.pipeline.loader import Loader
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.train import learner as learner_module
@@ -103,7 +103,7 @@ def test_keys_that_are_not_enqueued_give_alarm(
 def test_a_slow_loader_gives_alarm_and_a_slow_step_none(
     shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow_views(self: ViewLoader, epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
+    def slow_views(self: Loader[TwoViews], epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
         for batch in views(self, epoch, **kwargs):
             time.sleep(slow_s["views"])
             yield batch
@@ -112,8 +112,8 @@ def test_a_slow_loader_gives_alarm_and_a_slow_step_none(
         taught(self, *args, **kwargs)
         time.sleep(slow_s["step"])
 
-    views, taught, slow_s = ViewLoader.epoch, Learner.step, {"views": 0.2, "step": 0.0}
-    monkeypatch.setattr(ViewLoader, "epoch", slow_views)
+    views, taught, slow_s = Loader.epoch, Learner.step, {"views": 0.2, "step": 0.0}
+    monkeypatch.setattr(Loader, "epoch", slow_views)
     monkeypatch.setattr(Learner, "step", slow_step)
     config = _watched(dataclasses.replace(SMALL, schedule=Schedule(epochs=None, iterations=4)))
     late = dataclasses.replace(config, watch=dataclasses.replace(config.watch, alarm_data_wait=0.4))

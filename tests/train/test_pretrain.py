@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.train.small import SMALL, small
 
 from linerate.pipeline.cores import usable_cores
-from linerate.pipeline.loader import ViewLoader
+from linerate.pipeline.loader import Loader
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -405,7 +405,7 @@ def test_a_signal_while_waiting_saves_at_once_and_leaves_though_no_batch_comes(
     """In a real run the process ends in leave(); here it lets the loader go on."""
     left: list[int] = []
 
-    def starved(self: ViewLoader, epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
+    def starved(self: Loader[TwoViews], epoch: int, **kwargs: Any) -> Iterator[TwoViews]:
         for step, batch in enumerate(views(self, epoch, **kwargs)):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -418,8 +418,8 @@ def test_a_signal_while_waiting_saves_at_once_and_leaves_though_no_batch_comes(
                         time.sleep(0.01)
             yield batch
 
-    views = ViewLoader.epoch
-    monkeypatch.setattr(ViewLoader, "epoch", starved)
+    views = Loader.epoch
+    monkeypatch.setattr(Loader, "epoch", starved)
     monkeypatch.setattr(pretrain_module, "LEAVE_S", 60.0 if comes else 0.0)
     monkeypatch.setattr(stop_module.StopRequest.__init__, "__kwdefaults__", {"leave": left.append})
     summary = pretrain(small(checkpoint_steps=100), shards=shards.root, run_dir=tmp_path)
