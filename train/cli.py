@@ -137,7 +137,7 @@ def parse_recipe(
 def _with_values(words: list[str]) -> list[str]:
     """The words, with the value that `--compile` once had no need of."""
     found = []
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words[1:], None], strict=False):
         if word == "--compile" and (after is None or after.startswith("-")):
             found += [word, "encoders"]
         else:
@@ -160,7 +160,7 @@ def _is_given(flag: str, words: list[str]) -> bool:
 def _value_of(flag: str, words: list[str]) -> str | None:
     """The word after the last `flag`, or behind its `=`; None: it is not given."""
     value = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words[1:], None], strict=False):
         if word == flag:
             value = after
         elif word.startswith(f"{flag}="):

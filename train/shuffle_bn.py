@@ -65,8 +65,16 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (input,) if size == len(input) else torch.split(input, size)
 
     def _sync(self, input: Tensor, share: float) -> Tensor:
-        about = {"share": share, "eps": self.eps, "world_size": self.sync_ranks}
-        return sync_batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, **about)
+        return sync_batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            share=share,
+            eps=self.eps,
+            world_size=self.sync_ranks,
+        )
 
     def _normalise(self, input: Tensor, share: float) -> Tensor:
         training = self.training or self.running_mean is None
