@@ -83,7 +83,7 @@ class TrainCommand(RecipeCommand):
 def main_train(argv: list[str]) -> int:
     """`linerate train RECIPE --shards OUT --run DIR [--resume] [--dry-run] [flags of the recipe]`."""
     if not argv or argv[0] in ("-h", "--help"):
-        _print_recipes()
+        _print_recipes("linerate train")
         return 0
     command, config = parse_train(argv)
     if command.ranks is not None and not command.dry_run:
@@ -118,6 +118,9 @@ def parse_recipe(
     A --profile stands for flags before all others, so that the later ones count more. Raises UserError where
     shards that are named do not fill a batch, or another batch comes without a decision about lr.
     """
+    if argv and argv[0] in ("-h", "--help"):
+        _print_recipes(prog)
+        raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f"the recipe comes first, as in `{prog} {next(iter(RECIPES))} {' '.join(argv[:1])} ...`"
@@ -140,7 +143,7 @@ def parse_recipe(
 def _with_values(words: list[str]) -> list[str]:
     """The words, with the value that `--compile` once had no need of."""
     found = []
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words[1:], None], strict=False):
         if word == "--compile" and (after is None or after.startswith("-")):
             found += [word, "encoders"]
         else:
@@ -176,14 +179,15 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
 
 
-def _print_recipes() -> None:
+def _print_recipes(prog: str) -> None:
     console = Console()
-    console.print("usage: linerate train RECIPE --shards FOLDER --run FOLDER [--resume] [--dry-run] ...\n")
+    more = "--run FOLDER [--resume] [--dry-run]" if prog == "linerate train" else "--out PATH"
+    console.print(f"usage: {prog} RECIPE --shards FOLDER {more} ...\n", markup=False)
     table = Table(box=None, show_header=False)
     for name, recipe in RECIPES.items():
         table.add_row(f"[bold cyan]{name}[/]", recipe.title)
     console.print(table)
-    console.print("\n`linerate train RECIPE --help` lists the flags with the recipe's values.")
+    console.print(f"\n`{prog} RECIPE --help` lists the flags with the recipe's values.")
 
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> int:

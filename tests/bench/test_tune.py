@@ -144,7 +144,7 @@ def test_switches_of_a_gpu_are_tried_on_one_alone():
     on_cpu, on_gpu = (
         {name for name, _, _ in candidates(config(), on_gpu=gpu, cores=8)} for gpu in (False, True)
     )
-    assert on_gpu - on_cpu == {"compile", "hw_decoder_load"}
+    assert on_gpu - on_cpu == {"compile", "cuda_graphs", "side_stream", "hw_decoder_load"}
     for name, _, values in candidates(config(), on_gpu=True, cores=8):
         assert getattr(config().speed, name) not in values
 

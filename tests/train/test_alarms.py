@@ -159,7 +159,7 @@ def test_a_run_without_shuffling_whose_knn_falls_gives_alarm_above_the_limit_of_
     summary = pretrain(config, shards=shards.root, run_dir=tmp_path)
     shares = [line["knn_top1"] for line in RunFolder(tmp_path).load_log("knn")]
     assert min(now - max(shares[:n]) for n, now in enumerate(shares) if n) < -0.01, shares
-    assert summary.alarms == ("bn-cheating",)
+    assert "bn-cheating" in summary.alarms
 
 
 def test_a_certain_pretext_gives_alarm_only_while_knn_falls() -> None:

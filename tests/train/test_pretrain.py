@@ -197,7 +197,9 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(shards: Catalog, tmp_path
 def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(
     shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(learner: Learner, batch: TwoViews, *, step: int, lr: float) -> None:
+    def poison(
+        learner: Learner, batch: TwoViews, *, step: int, lr: float, ema_momentum: float | None = None
+    ) -> None:
         taught(learner, batch, step=step, lr=lr)
         if step == 6:
             next(learner.moco.key_encoder.parameters()).data[0] = math.nan
