@@ -29,6 +29,7 @@ from linerate.shards.errors import UserError, show_bytes
 from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.cli import main_knn
+from linerate.train.evaluate.detect.cli import main_detect
 from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
@@ -279,7 +280,10 @@ def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8
 
 def main_eval(argv: list[str]) -> int:
     """`linerate eval knn RUN --train SHARDS ...`."""
-    commands = {"knn": (main_knn, "k nearest neighbours among labelled images vote for the class")}
+    commands = {
+        "knn": (main_knn, "k nearest neighbours among labelled images vote for the class"),
+        "detect": (main_detect, "fine-tune on boxes, masks, keypoints or segments of VOC and COCO; AP, mIoU"),
+    }
     return dispatch(commands, argv, prog="linerate eval")
 
 

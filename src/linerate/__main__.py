@@ -10,7 +10,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
     "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
-    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn"),
+    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, detect"),
     "export": (
         "linerate.train.cli",
         "main_export",
