@@ -5,6 +5,7 @@ So a run that was killed goes on with the very batches that it would have had, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -215,7 +216,10 @@ def draw_mask(one: Instance, *, height: int, width: int) -> NDArray[np.uint8]:
         return mask
     from pycocotools import mask as coco_mask
 
-    drawn: NDArray[np.uint8] = coco_mask.decode(run_lengths(one, height=height, width=width))
+    with warnings.catch_warnings():
+        # pycocotools 2.0.11 hands its rows to numpy 2 by a way that numpy calls deprecated.
+        warnings.filterwarnings("ignore", message=".*__array__ implementation", category=DeprecationWarning)
+        drawn: NDArray[np.uint8] = coco_mask.decode(run_lengths(one, height=height, width=width))
     return drawn
 
 
