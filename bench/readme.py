@@ -16,15 +16,18 @@ FOLDERS = ("shards", "pipeline", "train", "bench")
 
 
 def results_table(results: Path, *, relative_to: Path) -> str:
-    """Markdown: the newest record of every benchmark, each linked to the file that holds its line."""
+    """Markdown: the newest record of every benchmark, each linked to the file that holds its line.
+
+    Sweeps judge accuracy, which docs/sweep.md tells with what they were made by.
+    """
     rows = [
         "| benchmark | against | ours | ratio (95 %) | bar | share of ceiling |",
         "|---|---|---|---|---|---|",
     ]
     for path in sorted(results.glob("*.jsonl")):
         link = path.relative_to(relative_to).as_posix()
-        for record in latest(load_jsonl(path)).values():
-            rows.append(_row(record, link))
+        records = latest(load_jsonl(path)).values()
+        rows += [_row(record, link) for record in records if record.name != "sweep"]
     return "\n".join(rows)
 
 

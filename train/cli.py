@@ -31,6 +31,7 @@ from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.classifier_cli import main_finetune, main_linear
 from linerate.train.evaluate.cli import main_knn
+from linerate.train.evaluate.detect.cli import main_detect
 from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
 from linerate.train.recipes import RECIPES, Recipe, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
@@ -316,11 +317,12 @@ def damage_rows(damage: Sequence[Damage], *, logs: Sequence[str], limit: int = 8
 
 
 def main_eval(argv: list[str]) -> int:
-    """`linerate eval knn|linear|finetune RUN --train SHARDS ...`."""
+    """`linerate eval knn|linear|finetune|detect RUN ...`."""
     commands = {
         "knn": (main_knn, "k nearest neighbours among labelled images vote for the class"),
         "linear": (main_linear, "a linear classifier on the frozen backbone's features"),
         "finetune": (main_finetune, "the whole network learns the classes from the encoder's weights on"),
+        "detect": (main_detect, "fine-tune on boxes, masks, keypoints or segments of VOC and COCO; AP, mIoU"),
     }
     return dispatch(commands, argv, prog="linerate eval")
 

@@ -11,7 +11,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
     "sweep": ("linerate.train.sweep_cli", "main", "run an ablation of the paper, its figures beside ours"),
     "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
-    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune"),
+    "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune, detect"),
     "export": (
         "linerate.train.cli",
         "main_export",

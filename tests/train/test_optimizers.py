@@ -94,7 +94,7 @@ def test_the_configured_optimizer_is_built_and_knows_its_numbers() -> None:
 
 def test_a_fused_update_that_cannot_be_had_is_refused() -> None:
     with pytest.raises(
-        UserError, match="fused_update=on is SGD's on a GPU with a key encoder; .*lars runs on cpu"
+        UserError, match=r"fused_update=on is SGD's on a GPU with a key encoder; .*lars runs on cpu"
     ):
         build_optimizer(Optim(optimizer="lars"), small_moco(), fused_update="on")
 

@@ -1,0 +1,1 @@
+"""Transfer to detection, keypoints and segmentation by the paper's protocols."""
