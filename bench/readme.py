@@ -1,4 +1,4 @@
-"""The parts of README.md that follow from other files: the table of results and the tree.
+"""The parts of README.md that follow from other files: the tables of speed and accuracy, and the tree.
 
 Command: make readme
 """
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 from linerate.bench.record import Record, is_noisy, latest, load_jsonl, number
+from linerate.train.anchors import ANCHORS
+from linerate.train.anchors_cli import shown_status, shown_value
 
 FOLDERS = ("shards", "pipeline", "train", "bench")
 
@@ -44,6 +46,25 @@ def _row(record: Record, link: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def accuracy_table() -> str:
+    """Markdown: the ledger's published accuracies that a command here is held against, and what was run.
+
+    Only those that were read in their source; `linerate anchors` has all.
+    """
+    rows = ["| what | metric | published | command | here |", "|---|---|---|---|---|"]
+    for anchor in ANCHORS:
+        if anchor.mark == "read" and anchor.command is not None:
+            cells = (
+                anchor.what,
+                anchor.metric,
+                shown_value(anchor),
+                f"`{anchor.command}`",
+                shown_status(anchor),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def tree(root: Path) -> str:
     """One line per module of the package: its path and what its docstring says first."""
     lines = []
@@ -66,9 +87,10 @@ def _first_words(path: Path) -> str:
 
 
 def filled(readme: str, *, root: Path) -> str:
-    """The text of README.md with both parts made anew."""
+    """The text of README.md with all parts made anew."""
     for name, body in (
         ("table", results_table(root / "bench" / "results", relative_to=root)),
+        ("accuracy", accuracy_table()),
         ("tree", tree(root)),
     ):
         part = re.compile(rf"(<!-- {name}\b[^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -89,7 +89,7 @@ def _dictionaries() -> Iterator[Anchor]:
             yield _anchor(
                 *("Figure 3", f"{name}, K {num_keys:,}", LINEAR, value, f"{PAPER}, 4.1"),
                 mark="read" if (name, num_keys) in in_text else "memory",
-                command=f"linerate sweep in1m-v1 --over K (--dictionary {recipes[name]})",
+                command=f"linerate sweep in1m-v1 --over K --dictionaries {recipes[name]}",
             )
     yield _anchor("4.1", "memory bank, NCE, K 4,096", LINEAR, 54.3, f"{PAPER}, 4.1")
     for m, value in ((0.9, 55.2), (0.99, 57.8), (0.999, 59.0), (0.9999, 58.9)):
