@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 INTERRUPTED = {
     "shard pack": "the same command continues where it stopped",
     "demo": "the same command continues where it stopped",
+    "eval detect": "the same command continues from its last checkpoint, if there is one",
     "train": "the same command with --resume continues from the last checkpoint, if there is one",
     "bench run": "records that are in --out already stay there; the same command measures anew",
 }
