@@ -68,6 +68,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
         ("shard beton out x", "the same command starts anew"),
         ("views v1", "the same command starts anew"),
         ("eval knn r", "the same command starts anew"),
+        ("eval detect r", "the same command continues from its last checkpoint, if there is one"),
         ("export r", "the same command starts anew"),
         ("bench compare a b", "the same command starts anew"),
     ],

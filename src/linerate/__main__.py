@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 INTERRUPTED = {
     "shard pack": "the same command continues where it stopped",
     "demo": "the same command continues where it stopped",
+    "eval detect": "the same command continues from its last checkpoint, if there is one",
     "train": "the same command with --resume continues from the last checkpoint, if there is one",
     "eval linear": "the same command continues where it stopped",
     "eval finetune": "the same command continues where it stopped",

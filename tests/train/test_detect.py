@@ -13,6 +13,7 @@ from tests.train.detect_data import write_coco, write_run, write_voc
 from linerate.__main__ import main
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import parse_args
+from linerate.train.evaluate.detect import cli
 from linerate.train.evaluate.detect.annotations import AnnotatedImage, Instance
 from linerate.train.evaluate.detect.batches import DetectionSource, draw_mask, load_image
 from linerate.train.evaluate.detect.cli import run_detect
@@ -254,6 +255,18 @@ def test_the_papers_sides_and_splits_are_the_defaults() -> None:
     assert coco.train_sides() == (640, 672, 704, 736, 768, 800)
     assert (voc.splits(), coco.splits()) == (("trainval", "test"), ("train2017", "val2017"))
     assert (voc.masks(), coco.masks()) == (False, True)
+
+
+def test_the_rules_of_2007_are_for_a_folder_of_that_year_unless_they_are_named() -> None:
+    def rules(*, voc_ap: Any = "auto", **folders: Any) -> str:
+        folders = {"data": (Path("VOC2012"),), **folders}
+        return cli._voc_ap(
+            DetectCommand(run=Path("r"), out=Path("o"), format="voc", voc_ap=voc_ap, **folders)
+        )
+
+    assert rules() == "area"
+    assert rules(test_data=Path("VOC2007")) == "11-point"
+    assert rules(test_data=Path("VOC2007"), voc_ap="area") == "area"
 
 
 def test_sets_that_cannot_be_trained_on_are_told(run: Path, coco: Path, tmp_path: Path) -> None:

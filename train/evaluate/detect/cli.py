@@ -77,7 +77,7 @@ def run_detect(command: DetectCommand) -> dict[str, Any] | None:
     if accelerator.is_main_process:
         folder.open(settings)
         for line in [*_told_data(job, findings), _told_schedule(loop, about["network"])]:
-            stderr.print(line, highlight=False, markup=False)
+            stderr.print(line, highlight=False, markup=False, soft_wrap=True)
     accelerator.wait_for_everyone()
     runs = []
     for number in range(command.runs):
