@@ -90,8 +90,8 @@ def moved(shards: str, run: Path, rank: int) -> dict[str, Any]:
     """Continues what another number of ranks began; the last rank alone is told to stop, after step 8."""
 
     def stopping(taught: Any) -> Any:
-        def step(self: Learner, batch: TwoViews, *, step: int, lr: float) -> None:
-            taught(self, batch, step=step, lr=lr)
+        def step(self: Learner, batch: TwoViews, *, step: int, **rates: float) -> None:
+            taught(self, batch, step=step, **rates)
             if step == 7 and rank == dist.get_world_size() - 1:
                 stop_me()
 
