@@ -11,9 +11,7 @@ import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from linerate.pipeline.cores import usable_cores
 from linerate.shards.errors import UserError
@@ -100,6 +98,8 @@ def load_profile(path: Path) -> SpeedProfile:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, float | int if hint is float else hint)
@@ -107,6 +107,8 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def made_for(config: TrainConfig) -> dict[str, Any]:
     """What a profile depends on, of this config on this machine."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "encoder": config.model.encoder,

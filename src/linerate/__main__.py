@@ -10,7 +10,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "views": ("linerate.pipeline.cli", "main", "draw the two views of any sample, as training sees them"),
     "train": ("linerate.train.cli", "main_train", "pretrain an encoder with MoCo"),
     "sweep": ("linerate.train.sweep_cli", "main", "run an ablation of the paper, its figures beside ours"),
-    "tune": ("linerate.bench.tune", "main", "find the fastest switches of a recipe on this machine"),
+    "tune": ("linerate.bench.tune_cli", "main", "find the fastest switches of a recipe on this machine"),
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune, detect"),
     "export": (
         "linerate.train.cli",

@@ -14,7 +14,8 @@ from PIL import Image
 
 from linerate.bench import tune as tuning
 from linerate.bench.timing import Interval
-from linerate.bench.tune import Trial, candidates, loss_difference, main, tune
+from linerate.bench.tune import Trial, candidates, loss_difference, tune
+from linerate.bench.tune_cli import main
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.pack import pack

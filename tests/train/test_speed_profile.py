@@ -26,7 +26,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path):
 
 def test_a_profile_changes_speed_alone(tmp_path: Path):
     demo = find_recipe("demo").build()
-    speed = {"prefetch": 7, "loader_threads": None, "compile": True, "channels_last": False}
+    speed = {"prefetch": 7, "loader_threads": None, "compile": "encoders", "channels_last": False}
     path = tmp_path / "p.json"
     profile(**speed, hw_decoder_load=0.9).save(path)
     _, tuned = parse_train(["demo", "--profile", str(path)])
@@ -74,6 +74,7 @@ def test_flags_count_more_than_the_profile(tmp_path: Path, capsys: pytest.Captur
         ('{"profile_version": 1, "speed": {"precision": "bf16"}, "made_for": {}}', "sets precision"),
         ('{"profile_version": 1, "speed": {"prefetch": "two"}, "made_for": {}}', "prefetch='two'"),
         ('{"profile_version": 1, "speed": {"prefetch": true}, "made_for": {}}', "prefetch=True"),
+        ('{"profile_version": 1, "speed": {"compile": true}, "made_for": {}}', "compile=True"),
         ('{"profile_version": 1, "speed": {"compile": "yes"}, "made_for": {}}', "compile='yes'"),
     ],
 )
