@@ -1,4 +1,4 @@
-"""The switches that make a recipe fastest on this machine, and change nothing else: what `linerate tune` finds.
+"""The switches that make a recipe fastest on this machine and change nothing else: of `linerate tune`.
 
 One switch after another: each candidate is held against the best so far, interleaved, and taken only where
 the whole interval of the ratio lies above 1. Switches of the step are judged by the step on views that are
