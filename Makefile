@@ -64,7 +64,7 @@ ffcv: $(STAMP) ## the ffcv extra, which compiles against OpenCV and libturbojpeg
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt ffcv==1.0.2
 
 lock: $(STAMP) ## requirements.txt anew from pyproject.toml, for Python 3.11 to 3.13
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header \
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate --extra dev --extra s3 --extra ray --output-file requirements.txt pyproject.toml
 
 clean: ## remove what make and the tools made, .venv included
