@@ -73,6 +73,12 @@ class Record:
     refused: str | None = None
     """why nothing was timed: the sides disagree, or the benchmark failed or ran past its limit"""
     note: str | None = None
+    ranks: int | None = None
+    """processes that worked together; None where that is not what varies"""
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """stage -> median seconds of one call, in the order of a batch's way; {} where nobody looked inside"""
+    verdict: str | None = None
+    """what bounds the rate, in one sentence"""
     suite: str = "cpu"
     measured_at: str = ""
     """UTC, ISO 8601"""
@@ -85,7 +91,8 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The line as plain JSON types."""
-        return {**dataclasses.asdict(self), "ours_s": list(self.ours_s), "theirs_s": list(self.theirs_s)}
+        plain = dataclasses.asdict(dataclasses.replace(self, stages=dict(self.stages)))
+        return {**plain, "ours_s": list(self.ours_s), "theirs_s": list(self.theirs_s)}
 
 
 def append_jsonl(path: Path, record: Record) -> None:
@@ -102,7 +109,7 @@ def compact_json(record: Record) -> dict[str, Any]:
     return {
         name: float(f"{value:.5g}") if isinstance(value, float) else value
         for name, value in fields.items()
-        if value not in (None, "")
+        if value not in (None, "", {})
     }
 
 

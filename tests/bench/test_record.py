@@ -24,6 +24,9 @@ RECORD = Record(
     met=True,
     ours_s=(0.0025, 0.0025),
     theirs_s=(0.01, 0.01),
+    ranks=2,
+    stages={"read": 0.25, "decode": 0.5},
+    verdict="decode-bound",
     machine={"cpu": "one"},
 )
 
