@@ -1,4 +1,4 @@
-"""The parts of README.md that follow from other files: the tables of speed and accuracy, and the tree.
+"""The parts of README.md that follow from other files: tables of speed and accuracy, and the tree.
 
 Command: make readme
 """
@@ -8,29 +8,50 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from linerate.bench.record import Record, is_noisy, latest, load_jsonl, number
+from linerate.bench.record import Record, is_noisy, load_jsonl, number
 from linerate.train.anchors import ANCHORS
 from linerate.train.anchors_cli import shown_status, shown_value
 
 FOLDERS = ("shards", "pipeline", "train", "bench")
+# The way of an image: packed, read, seen, compared, learnt from, and all of it together.
+HEADLINES = ("pack", "read", "views", "infonce", "step", "train")
+HEADER = (
+    "| benchmark | against | ours | ratio (95 %) | bar | share of ceiling |",
+    "|---|---|---|---|---|---|",
+)
+
+
+def headline_table(results: Path, *, relative_to: Path) -> str:
+    """Markdown: the first contest of each part of the way; all others stand further down."""
+    rows, shown = [*HEADER], set()
+    for record, link in _measured(results, relative_to=relative_to):
+        if record.name in HEADLINES and record.name not in shown and record.ratio is not None:
+            shown.add(record.name)
+            rows.append(_row(record, link))
+    return "\n".join(rows)
 
 
 def results_table(results: Path, *, relative_to: Path) -> str:
-    """Markdown: the newest record of every benchmark, each linked to the file that holds its line.
+    """Markdown: the newest record of every benchmark, each linked to its line.
 
     Sweeps judge accuracy, which docs/sweep.md tells with what they were made by.
     """
-    rows = [
-        "| benchmark | against | ours | ratio (95 %) | bar | share of ceiling |",
-        "|---|---|---|---|---|---|",
-    ]
+    measured = _measured(results, relative_to=relative_to)
+    return "\n".join([*HEADER, *(_row(record, link) for record, link in measured)])
+
+
+def _measured(results: Path, *, relative_to: Path) -> Iterator[tuple[Record, str]]:
     for path in sorted(results.glob("*.jsonl")):
         link = path.relative_to(relative_to).as_posix()
-        records = latest(load_jsonl(path)).values()
-        rows += [_row(record, link) for record in records if record.name != "sweep"]
-    return "\n".join(rows)
+        lines = {
+            record.key: (record, f"{link}#L{number}")
+            for number, record in enumerate(load_jsonl(path), start=1)
+            if record.name != "sweep"
+        }
+        yield from lines.values()
 
 
 def _row(record: Record, link: str) -> str:
@@ -89,6 +110,7 @@ def _first_words(path: Path) -> str:
 def filled(readme: str, *, root: Path) -> str:
     """The text of README.md with all parts made anew."""
     for name, body in (
+        ("headline", headline_table(root / "bench" / "results", relative_to=root)),
         ("table", results_table(root / "bench" / "results", relative_to=root)),
         ("accuracy", accuracy_table()),
         ("tree", tree(root)),

@@ -1,5 +1,6 @@
 """The package as a whole: how it is laid out, installed and called."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -140,3 +141,16 @@ def test_sdist_and_wheel_hold_every_package(tmp_path):
 def test_the_readme_holds_the_results_and_the_tree_as_they_are():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert filled(text, root=ROOT) == text, "run `make readme`"
+
+
+def test_every_figure_of_the_readme_leads_to_its_line():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"^\| \[([a-z0-9-]+)\]\((\S+?)#L(\d+)\): (.*?) \| .*? \| ([\d,.]*)", text, re.MULTILINE
+    )
+    assert len(found) > 30
+    for name, file, number, work, ours in found:
+        line = json.loads((ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1])
+        assert (line["name"], line["work"]) == (name, work)
+        if ours:
+            assert float(ours.replace(",", "")) == pytest.approx(line["ours"], rel=0.005)
