@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from linerate.bench.cost import Cost, costs_of
 from linerate.bench.fleet import Machine, machines_of
@@ -70,11 +70,8 @@ class Findings:
     @property
     def tally(self) -> dict[Status, int]:
         """How many of the newest records stand where; those without bar and peer are left out."""
-        counts: dict[Status, int] = {}
-        for machine in self.machines:
-            for record in judged(machine):
-                counts[status(record)] = counts.get(status(record), 0) + 1
-        return counts
+        found = [status(record) for machine in self.machines for record in judged(machine)]
+        return {stands: found.count(stands) for stands in get_args(Status) if stands in found}
 
 
 def find(records: Sequence[Record], prices: Mapping[str, float]) -> Findings:
@@ -98,8 +95,8 @@ def judged(machine: Machine) -> list[Record]:
 
 
 def is_elsewhere(record: Record) -> bool:
-    """Whether another part of the report shows a record that nothing binds."""
-    return record.name in _ELSEWHERE and not _is_bound(record)
+    """Whether another part of the report shows a record, so that it is in no row against bars."""
+    return record.name == "ceilings" or (record.name in _ELSEWHERE and not _is_bound(record))
 
 
 def _is_bound(record: Record) -> bool:

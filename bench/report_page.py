@@ -72,20 +72,23 @@ def _machine_card(machine: Machine) -> str:
     noisy = [record for record in machine.newest if is_noisy(record)]
     if noisy:
         rows.append(("noise", f"{len(noisy)} of {len(machine.newest)} newest lines: {unrest(noisy)}"))
-    ceilings = [(record.work, _ceiling(record)) for record in machine.newest if record.name == "ceilings"]
-    below = f"<h4>Ceilings, as measured</h4>{_facts(ceilings)}" if ceilings else ""
     chip = ' <span class="chip noisy">~ noisy</span>' if noisy else ""
-    return f'<div class="card"><h3>{escaped(machine.name)}{chip}</h3>{_facts(rows)}{below}</div>'
-
-
-def _facts(rows: Sequence[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{escaped(name)}<dd>{escaped(value)}' for name, value in rows)}</dl>"
+    facts = "".join(f"<dt>{escaped(name)}<dd>{escaped(value)}" for name, value in rows)
+    card = f'<div class="card"><h3>{escaped(machine.name)}{chip}</h3><dl>{facts}</dl></div>'
+    ceilings = [record for record in machine.newest if record.name == "ceilings"]
+    if not ceilings:
+        return card
+    title = f"Ceilings of {escaped(machine.name)}"
+    return f'{card}<div class="card"><h3>{title}</h3><dl>{"".join(map(_ceiling, ceilings))}</dl></div>'
 
 
 def _ceiling(record: Record) -> str:
+    what, _, how = record.work.partition(": ")
+    value = f"{number(record.ours)} {record.unit}{' ~' if is_noisy(record) else ''}"
     if record.ours is None:
-        return record.refused or record.missing or "not measured"
-    return f"{number(record.ours)} {record.unit}{' ~' if is_noisy(record) else ''}"
+        value = record.refused or record.missing or "not measured"
+    small = f"<br><small>{escaped(how)}</small>" if how else ""
+    return f"<dt>{escaped(what)}<dd>{escaped(value)}{small}"
 
 
 def _bars(findings: Findings) -> str:

@@ -47,7 +47,7 @@ def bar_row(record: Record) -> str:
 
 BAR_HEAD = (
     '<div class="row top"><div>benchmark, and what it did</div><div class="rate">ours</div>'
-    "<div>the mark in the middle is the bar (dotted: the peer, where there is no bar)</div>"
+    "<div>against the mark: the bar, or (dotted) the peer</div>"
     "<div>share of the ceiling</div><div></div></div>"
 )
 
@@ -73,7 +73,7 @@ def _in_words(record: Record) -> str:
         interval = "" if exact else f" <small>({record.ratio_low:.2f} to {record.ratio_high:.2f})</small>"
         words.append(f"{number_x(record.ratio)}{interval}")
     if record.bar_reads:
-        words.append(f"<small>bar: {escaped(record.bar_reads)}</small>")
+        words.append(f'<small class="whole">bar: {escaped(record.bar_reads)}</small>')
     return " ".join(words)
 
 

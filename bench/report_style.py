@@ -19,7 +19,7 @@ h3 { font-size: 14.5px; margin: 22px 0 8px }
 p { margin: 2px 0 12px; max-width: 80ch }
 small, .faint { color: var(--faint); font-weight: normal }
 small { font-size: 12px }
-code { font-size: .92em }
+.whole { white-space: nowrap }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 12px 0 0 }
 a { color: var(--accent); text-decoration: none }
 a:hover { text-decoration: underline }
@@ -33,15 +33,13 @@ a:hover { text-decoration: underline }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 12px 16px;
   break-inside: avoid; min-width: 0 }
 .card h3 { margin: 0 0 6px; overflow-wrap: anywhere }
-h4 { font-size: 12px; font-weight: 500; color: var(--faint); margin: 12px 0 4px; padding-top: 8px;
-  border-top: 1px solid var(--line) }
 dl { display: grid; grid-template-columns: fit-content(48%) minmax(0, 1fr); gap: 2px 12px; margin: 0 }
 dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
 .chip { display: inline-block; font-size: 12px; line-height: 1.5; padding: 0 8px; border-radius: 9px;
   white-space: nowrap; border: 1px solid currentColor; color: var(--grey) }
 .chip.met { color: var(--met) } .chip.unmet { color: var(--unmet) } .chip.noisy { color: var(--amber) }
 .row { display: grid; gap: 2px 18px; padding: 9px 0; border-top: 1px solid var(--line); break-inside: avoid;
-  grid-template-columns: minmax(0, 2.3fr) 104px minmax(0, 1.5fr) minmax(0, 1.3fr) 96px }
+  grid-template-columns: minmax(0, 2.2fr) 112px minmax(0, 1.6fr) minmax(0, 1.3fr) 96px }
 .row > * { min-width: 0; overflow-wrap: anywhere }
 .row.top { color: var(--faint); font-size: 12px; border: 0; padding: 0 0 4px }
 .rate { text-align: right; font-variant-numeric: tabular-nums }
@@ -98,7 +96,7 @@ tr.old { color: var(--faint) }
 }
 @media print {
   :root { color-scheme: light; --ground: #fff; --card: #fff }
-  body { max-width: none; padding: 0; font-size: 11px } small, th, .row.top, h4, .chip { font-size: 9.5px }
+  body { max-width: none; padding: 0; font-size: 11px } small, th, .row.top, .chip { font-size: 9.5px }
   nav { display: none } h2, h3 { break-after: avoid } tr { break-inside: avoid }
   .wide { overflow: visible } .lines { font-size: 8px }
   .lines small, .lines .chip { font-size: inherit } .lines td { padding-right: 6px }

@@ -27,7 +27,7 @@ def report_tables(findings: Findings) -> Iterator[RenderableType]:
         yield f"[dim]{plain('; '.join(facts))}[/]"
         ceilings = [record for record in machine.newest if record.name == "ceilings"]
         if ceilings:
-            words = [f"{r.work} {number(r.ours)} {r.unit}" for r in ceilings]
+            words = [f"{r.work.partition(':')[0]} {number(r.ours)} {r.unit}" for r in ceilings]
             yield f"ceilings: {plain('; '.join(words))}"
         records = [record for record in machine.newest if not is_elsewhere(record)]
         if records:

@@ -114,6 +114,17 @@ def test_missing_peers_and_refusals_are_named(tmp_path: Path):
     assert "refused: weights differ by 3e-3" in rows[1]
 
 
+def test_ceilings_stand_with_their_machine_also_those_that_could_not_be_measured(tmp_path: Path):
+    copy = made(43.6, name="ceilings", work="memory copy, one core: 64 MB", unit="GB/s")
+    missing = made(
+        None, name="ceilings", work="host to GPU: 64 MB", unit="GB/s", missing="there is no CUDA device"
+    )
+    html = page(tmp_path, [copy, missing, made(1.0)])
+    text = Page(html[: html.index('id="bars"')]).text
+    assert "Ceilings of H200, 16 of 192 cores memory copy, one core 43.6 GB/s 64 MB" in text
+    assert "host to GPU there is no CUDA device" in text
+
+
 def hostile() -> Record:
     record = versus(100.0, 2.0, bar=4.0)
     words = ("name", "peer", "work", "unit", "equal", "ceiling", "missing", "note", "verdict", "bar_reads")
