@@ -1,4 +1,4 @@
-"""`linerate bench run|compare|list`: arguments and output only; report and matrix are in report_cli.py."""
+"""`linerate bench run|compare|list|...`: arguments and output only."""
 
 from __future__ import annotations
 
