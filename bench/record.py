@@ -245,7 +245,8 @@ def number(value: float | None) -> str:
 
 def is_noisy(record: Record) -> bool:
     """The machine was too unquiet while this was measured."""
-    return bool(record.machine.get("noise", {}).get("noisy"))
+    noise = record.machine.get("noise")
+    return isinstance(noise, Mapping) and bool(noise.get("noisy"))
 
 
 def more_is_better(record: Record) -> bool:

@@ -234,6 +234,13 @@ def test_a_page_of_one_plain_record_says_what_is_not_there(tmp_path: Path):
     assert html.count("These files hold no record") == 5
 
 
+def test_a_machine_that_says_odd_things_is_shown_all_the_same(tmp_path: Path):
+    odd = {"cpu": 3, "cores": "many", "gpu": "big", "noise": "loud", "libraries": [], "code": 1}
+    odd |= {"disk": {"read_mb_per_s": 5}}
+    text = Page(page(tmp_path, [made(1.0, machine=odd)])).text
+    assert "disk read 5 MB/s" in text
+
+
 def test_the_newest_of_the_real_file_are_as_many_as_the_page_says(tmp_path: Path):
     records = load_files([RESULTS])
     text = Page(page(tmp_path, records)).text
