@@ -1,4 +1,4 @@
-"""`linerate bench run|compare|list`: arguments and output only."""
+"""`linerate bench run|compare|list|...`: arguments and output only."""
 
 from __future__ import annotations
 
@@ -79,9 +79,13 @@ class ListConfig:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 1 a regression, or sides that disagree."""
+    from linerate.bench.report_cli import main_matrix, main_report
+
     commands = {
         "run": (main_run, "measure named benchmarks against their peers"),
         "compare": (main_compare, "hold one results file against another"),
+        "report": (main_report, "bars, ceilings, scaling, stages, history and cost; --html for a page"),
+        "matrix": (main_matrix, "results of several machines in one table"),
         "list": (main_list, "name the benchmarks"),
     }
     return dispatch(commands, argv, prog="linerate bench")
@@ -214,6 +218,11 @@ def main_compare(argv: list[str]) -> int:
     differences = compare_records(
         load_jsonl(config.a), load_jsonl(config.b), tolerance=config.tolerance, of=config.of
     )
+    if all(difference.verdict in ("only in A", "only in B") for difference in differences):
+        raise UserError(
+            f"{config.a} and {config.b} share no benchmark of the same peer, work and unit; "
+            "measure the same suite for both"
+        )
     regressions = sum(difference.regressed for difference in differences)
     if config.json:
         rows = [dataclasses.asdict(difference) for difference in differences]
@@ -223,7 +232,8 @@ def main_compare(argv: list[str]) -> int:
         console.print(f"A = {config.a}\nB = {config.b}", highlight=False, markup=False)
         console.print(differences_table(differences))
         console.print(
-            f"{regressions} of {len(differences)} slower by more than {100 * config.tolerance:g} %",
+            f"{regressions} of {len(differences)} regressed: really worse by more than "
+            f"{100 * config.tolerance:g} %, or refused in B",
             highlight=False,
         )
     return int(regressions > 0)

@@ -14,6 +14,7 @@ from PIL import Image
 from linerate.bench.demo import throughput_rows
 from linerate.pipeline.draws import Draw
 from linerate.pipeline.preview import SeenSample
+from linerate.shards.html_page import head, write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #667; --paper: #fff;
@@ -58,14 +59,8 @@ def write_page(
         _section("What ran", _rows_table(_run_rows(result))),
         _section("The machine", _rows_table(_machine_rows(result["machine"]))),
     ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>linerate demo</title><style>{_STYLE}</style>{''.join(parts)}</html>"
-    )
-    temp = path.with_name(f".{path.name}.tmp")
-    temp.write_text(page, encoding="utf-8")
-    temp.replace(path)
+    page = f"{head(title='linerate demo', style=_STYLE)}{''.join(parts)}\n</body>\n</html>\n"
+    write_whole(path, page)
 
 
 def headline(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """One measurement as one JSON line, and many of them as a table."""
 
 import dataclasses
+import datetime
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,16 @@ from typing import Any, Literal, Protocol
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from linerate.shards.errors import UserError
+from linerate.shards.terminal import visible
 
 # Kinds of measurement: rates of two sides over time, rates of ours alone, exact numbers.
 Kind = Literal["time", "count"]
-# Name, peer, work and unit.
-Key = tuple[str, str, str, str]
+# Name, peer, work, unit and ranks.
+Key = tuple[str, str, str, str, int]
 
 
 class Worked(Protocol):
@@ -87,7 +91,16 @@ class Record:
     @property
     def key(self) -> Key:
         """What two records must share to be compared."""
-        return (self.name, self.peer or "", self.work, self.unit)
+        return (self.name, self.peer or "", self.work, self.unit, self.ranks or 0)
+
+    @property
+    def measured(self) -> datetime.datetime:
+        """When, in UTC; long ago where the record does not say."""
+        try:
+            when = datetime.datetime.fromisoformat(self.measured_at)
+        except ValueError:
+            return datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        return when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
 
     def to_json(self) -> dict[str, Any]:
         """The line as plain JSON types."""
@@ -143,7 +156,26 @@ def from_json(fields: Mapping[str, Any]) -> Record:
     """
     known = {field.name for field in dataclasses.fields(Record)}
     record = Record(**{key: value for key, value in fields.items() if key in known})
+    _require_types(record)
     return dataclasses.replace(record, ours_s=tuple(record.ours_s), theirs_s=tuple(record.theirs_s))
+
+
+def _require_types(record: Record) -> None:
+    """Raise TypeError for a field that holds something else than it is there for."""
+    numbers: list[Any] = [*record.ours_s, *record.theirs_s, *record.stages.values()]
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if value is None and field.type in (str | None, float | None, int | None, bool | None):
+            continue
+        if field.type in (str, str | None) and not isinstance(value, str):
+            raise TypeError(f"{field.name} {value!r} is no text")
+        if field.type in (float, float | None, int | None):
+            numbers.append(value)
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{value!r} is no finite number")
+    if not isinstance(record.machine, dict):
+        raise TypeError(f"machine {record.machine!r} is no object")
 
 
 def latest(records: Iterable[Record]) -> dict[Key, Record]:
@@ -159,7 +191,7 @@ def results_table(records: Sequence[Record]) -> RenderableType:
     for record in records:
         table.add_row(
             name_cell(record.name, record.peer),
-            f"{number(record.ours)}\n[dim]{record.unit}[/]",
+            f"{number(record.ours)}\n[dim]{plain(record.unit)}[/]",
             number(record.theirs),
             _ratio_cell(record),
             _bar_cell(record),
@@ -170,17 +202,25 @@ def results_table(records: Sequence[Record]) -> RenderableType:
 def two_line_table(*headers: tuple[str, str]) -> Table:
     """A table whose rows have two lines, the first column to the left and the rest to the right."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    widths = {0: 22, len(headers) - 1: 12}
+    widths = {0: 20, len(headers) - 1: 12}
     for place, (first, second) in enumerate(headers):
         justify: Literal["left", "right"] = "left" if place in widths else "right"
         header = f"{first}\n[dim]{second}[/]"
-        table.add_column(header, justify=justify, min_width=widths.get(place, 0), overflow="fold")
+        widest = None if place in widths else 12
+        table.add_column(
+            header, justify=justify, min_width=widths.get(place, 0), max_width=widest, overflow="fold"
+        )
     return table
 
 
 def name_cell(name: str, peer: str | None) -> str:
     """The benchmark, and below it whom it is held against."""
-    return f"[bold]{name}[/]\n[dim]{peer or '-'}[/]"
+    return f"[bold]{plain(name)}[/]\n[dim]{plain(peer or '-')}[/]"
+
+
+def plain(text: str) -> str:
+    """A text as it came, within rich's markup and safe to print."""
+    return escape(visible(text))
 
 
 def works_table(records: Iterable[Worked]) -> Table:
@@ -190,7 +230,7 @@ def works_table(records: Iterable[Worked]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, work in works:
-        table.add_row(f"[bold]{name}[/]", f"[dim]{work}[/]")
+        table.add_row(f"[bold]{plain(name)}[/]", f"[dim]{plain(work)}[/]")
     return table
 
 
@@ -205,14 +245,20 @@ def number(value: float | None) -> str:
 
 def is_noisy(record: Record) -> bool:
     """The machine was too unquiet while this was measured."""
-    return bool(record.machine.get("noise", {}).get("noisy"))
+    noise = record.machine.get("noise")
+    return isinstance(noise, Mapping) and bool(noise.get("noisy"))
+
+
+def more_is_better(record: Record) -> bool:
+    """Rates and accuracies; other counts are costs, such as bytes or launches."""
+    return record.kind == "time" or "top-1" in record.unit
 
 
 def _ratio_cell(record: Record) -> str:
     if record.refused:
-        return f"[red]refused: {record.refused}[/]"
+        return "[red]refused[/]"
     if record.missing:
-        return f"[yellow]{record.missing}[/]"
+        return "[yellow]no peer[/]"
     if record.ratio is None:
         return "-"
     if record.kind == "count":
@@ -224,19 +270,24 @@ def _ratio_cell(record: Record) -> str:
 def _bar_cell(record: Record) -> str:
     if record.bar_reads is None:
         return "-"
-    verdict = {True: "[green]met[/]", False: "[red]not met[/]", None: "[dim]other size[/]"}[record.met]
-    return f"{record.bar_reads.removeprefix('ratio ')}\n{verdict}"
+    unmeasured = record.missing or record.refused or record.ours is None
+    blank = f"[dim]{'not measured' if unmeasured else 'other size'}[/]"
+    verdict = {True: "[green]met[/]", False: "[red]not met[/]", None: blank}[record.met]
+    return f"{plain(record.bar_reads.removeprefix('ratio '))}\n{verdict}"
 
 
 def _footer(records: Sequence[Record]) -> str:
     lines = [
-        f"{record.name}: {100 * record.ceiling_share:.0f} % of its ceiling here, {record.ceiling} "
-        f"({number(record.ceiling_rate)} {record.unit})"
+        f"{plain(record.name)}: {100 * record.ceiling_share:.0f} % of its ceiling here, "
+        f"{plain(record.ceiling or '-')} ({number(record.ceiling_rate)} {plain(record.unit)})"
         for record in records
         if record.ceiling_share is not None
     ]
+    for record in records:
+        lines += [f"[red]{plain(record.name)}: refused: {plain(record.refused)}[/]"] if record.refused else []
+        lines += [f"[yellow]{plain(record.name)}: {plain(record.missing)}[/]"] if record.missing else []
     if any(is_noisy(record) for record in records):
         lines.append("[yellow]~[/] the machine was busy with something else: trust these ratios less")
-    if any(record.bar_reads and record.met is None and not record.missing for record in records):
+    if any(record.bar_reads and record.met is None and record.ours is not None for record in records):
         lines.append("other size: the bar is for larger work; `--suite cpu` measures that")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Two results files held against each other: which differences are real."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,11 +8,22 @@ from typing import Literal
 import numpy as np
 from rich.console import Group, RenderableType
 
-from linerate.bench.record import Record, is_noisy, latest, name_cell, number, two_line_table, works_table
+from linerate.bench.fleet import same_hardware
+from linerate.bench.record import (
+    Record,
+    is_noisy,
+    latest,
+    more_is_better,
+    name_cell,
+    number,
+    plain,
+    two_line_table,
+    works_table,
+)
 from linerate.bench.timing import Interval, unpaired_ratio
 
 Of = Literal["rate", "ratio"]
-Verdict = Literal["faster", "slower", "same", "only in A", "only in B", "not comparable"]
+Verdict = Literal["faster", "slower", "same", "only in A", "only in B", "refused in B", "not comparable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +40,9 @@ class Difference:
     """B over A, above 1 means that B is better; None where one of them was not measured"""
     verdict: Verdict
     regressed: bool
-    """B is really worse, by more than the tolerance"""
+    """B is really worse, by more than the tolerance, or its sides no longer agree"""
     caveat: str
-    """why the verdict deserves less trust: a noisy or another machine"""
+    """why the verdict deserves less trust, or why there is none"""
 
 
 def compare_records(
@@ -40,7 +52,8 @@ def compare_records(
 
     of="rate" compares our own rates; of="ratio" compares the ratios to the peer, which a slower or busier
     machine moves less. A difference is real when its 95 % interval excludes 1, and a regression when besides
-    B is worse by more than `tolerance` (0.05 is 5 %). Counts are exact: any rise is real.
+    B is worse by more than `tolerance` (0.05 is 5 %). Counts are exact: any rise is real. What was measured
+    in A and refused in B is a regression, too.
     """
     in_a, in_b = latest(a), latest(b)
     differences = []
@@ -55,6 +68,8 @@ def _difference(a: Record | None, b: Record | None, tolerance: float, of: Of) ->
     ratio = _ratio(a, b, of) if a is not None and b is not None else None
     if a is None or b is None:
         verdict: Verdict = "only in B" if a is None else "only in A"
+    elif b.refused and not a.refused:
+        verdict = "refused in B"
     elif ratio is None:
         verdict = "not comparable"
     elif ratio.low > 1:
@@ -70,19 +85,17 @@ def _difference(a: Record | None, b: Record | None, tolerance: float, of: Of) ->
         b=_value(b, of),
         ratio=ratio,
         verdict=verdict,
-        regressed=verdict == "slower" and ratio is not None and ratio.median < 1 - tolerance,
+        regressed=verdict == "refused in B"
+        or (verdict == "slower" and ratio is not None and ratio.median < 1 - tolerance),
         caveat=_caveat(a, b),
     )
 
 
 def _ratio(a: Record, b: Record, of: Of) -> Interval | None:
+    if a.refused or b.refused:
+        return None
     if a.kind == "count" or b.kind == "count":
-        if a.ours is None or b.ours is None or (a.ours != b.ours and not b.ours):
-            return (
-                None if not a.ours or b.ours is None else Interval(float("inf"), float("inf"), float("inf"))
-            )
-        exact = 1.0 if a.ours == b.ours else a.ours / b.ours
-        return Interval(exact, exact, exact)
+        return _exact_ratio(*((b, a) if more_is_better(a) else (a, b)))
     if not a.ours_s or not b.ours_s:
         return None
     if of == "rate":
@@ -96,6 +109,15 @@ def _ratio(a: Record, b: Record, of: Of) -> Interval | None:
     return unpaired_ratio(ratios_b, ratios_a)
 
 
+def _exact_ratio(above: Record, below: Record) -> Interval | None:
+    if above.ours is None or below.ours is None:
+        return None
+    if above.ours == below.ours:
+        return Interval(1.0, 1.0, 1.0)
+    ratio = above.ours / below.ours if below.ours else math.inf
+    return Interval(ratio, ratio, ratio)
+
+
 def _value(record: Record | None, of: Of) -> float | None:
     if record is None:
         return None
@@ -105,16 +127,17 @@ def _value(record: Record | None, of: Of) -> float | None:
 def _caveat(a: Record | None, b: Record | None) -> str:
     if a is None or b is None:
         return ""
-    caveats = [f"{side} noisy" for side, record in (("A", a), ("B", b)) if is_noisy(record)]
-    hardware = [(r.machine.get("cpu"), r.machine.get("cores"), _gpu_name(r)) for r in (a, b)]
-    if hardware[0] != hardware[1]:
+    sides = (("A", a), ("B", b))
+    caveats = [f"{side} refused: {record.refused}" for side, record in sides if record.refused]
+    caveats += [f"{side} has no rounds" for side, record in sides if _lacks_rounds(record)]
+    caveats += [f"{side} noisy" for side, record in sides if is_noisy(record)]
+    if not same_hardware(a, b):
         caveats.append("other machine")
     return ", ".join(caveats)
 
 
-def _gpu_name(record: Record) -> str | None:
-    gpu = record.machine.get("gpu")
-    return gpu.get("name") if isinstance(gpu, dict) else None
+def _lacks_rounds(record: Record) -> bool:
+    return record.kind == "time" and not record.ours_s and not record.refused
 
 
 def differences_table(differences: Sequence[Difference]) -> RenderableType:
@@ -122,15 +145,23 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
     table = two_line_table(("name", "against"), ("A", "unit"), ("B", ""), ("B/A", "95 %"), ("verdict", ""))
     for difference in differences:
         ratio = difference.ratio
-        cell = "-" if ratio is None else f"{ratio.median:.2f}x\n[dim]{ratio.low:.2f} to {ratio.high:.2f}[/]"
-        colour = {"faster": "green", "slower": "red" if difference.regressed else "yellow"}
-        notes = ["past the tolerance"] if difference.regressed else []
-        notes += [difference.caveat] if difference.caveat else []
+        colour = {"faster": "green", "refused in B": "red"}
+        colour["slower"] = "red" if difference.regressed else "yellow"
+        notes = ["past the tolerance"] if difference.regressed and ratio is not None else []
+        notes += [plain(difference.caveat)] if difference.caveat else []
         table.add_row(
             name_cell(difference.name, difference.peer),
-            f"{number(difference.a)}\n[dim]{difference.unit}[/]",
+            f"{number(difference.a)}\n[dim]{plain(difference.unit)}[/]",
             number(difference.b),
-            cell,
+            _ratio_cell(ratio),
             f"[{colour.get(difference.verdict, 'dim')}]{difference.verdict}[/]\n{', '.join(notes)}",
         )
     return Group(table, works_table(differences))
+
+
+def _ratio_cell(ratio: Interval | None) -> str:
+    if ratio is None:
+        return "-"
+    if ratio.low == ratio.high:
+        return f"{'to 0' if math.isinf(ratio.median) else f'{ratio.median:.2f}x'}\n[dim]exact[/]"
+    return f"{ratio.median:.2f}x\n[dim]{ratio.low:.2f} to {ratio.high:.2f}[/]"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linerate.shards.terminal import visible
+from linerate.shards.html_page import THEME, escaped, head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +38,6 @@ class RejectGroup:
 
 
 _STYLE = """
-:root { color-scheme: light dark;
-  --ground: light-dark(#fbfbfa, #16181b); --card: light-dark(#ffffff, #202327);
-  --ink: light-dark(#1d2126, #e7e9ec); --faint: light-dark(#68707a, #98a1ab);
-  --line: light-dark(#dcdfe3, #343a41); --accent: light-dark(#1f6feb, #6ea8fe);
-  --bad: light-dark(#f6dcdc, #4a2528) }
-* { box-sizing: border-box }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 14px/1.45 system-ui, sans-serif }
 header { position: sticky; top: 0; z-index: 1; background: var(--ground); padding: 14px 24px 10px;
   border-bottom: 1px solid var(--line) }
@@ -114,16 +105,6 @@ document.querySelector("button").addEventListener("click", () => {
 });
 search();
 """
-# A name that came through unescaped could load and run nothing: the page's own script is known by its hash.
-_POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
-    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}'"
-)
-
-
-def escaped(text: str) -> str:
-    """A name as HTML text or attribute value; characters that cannot be seen are spelled out."""
-    return html.escape(visible(text), quote=True)
 
 
 def opening(*, title: str, facts: str, groups: Sequence[tuple[str, int]], num_rejected: int) -> str:
@@ -135,18 +116,7 @@ def opening(*, title: str, facts: str, groups: Sequence[tuple[str, int]], num_re
         f'<a href="#{place}" title="{escaped(name)}">{escaped(name)} <small>{count:,}</small></a>'
         for place, name, count in places
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{escaped(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header>
+    return f"""{head(title=title, style=THEME + _STYLE, script=_SCRIPT)}<header>
 <h1>{escaped(title)}</h1>
 <p>{escaped(facts)}</p>
 <div class="tools"><input type="search" placeholder="search names, classes, properties" aria-label="search">

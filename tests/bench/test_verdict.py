@@ -1,9 +1,11 @@
 import dataclasses
+import io
 
 import numpy as np
+from rich.console import Console
 
 from linerate.bench.record import Record
-from linerate.bench.verdict import compare_records
+from linerate.bench.verdict import compare_records, differences_table
 
 
 def record(rate: float, *, spread: float = 0.01, lead: float = 2.0, **changes: object) -> Record:
@@ -77,6 +79,57 @@ def test_what_only_one_file_has_is_listed():
     assert [(d.name, d.verdict) for d in found] == [("ema", "only in A"), ("read", "only in B")]
 
 
-def test_a_refused_record_is_not_comparable():
+def test_what_was_measured_before_and_is_refused_now_is_a_regression():
     refused = record(100, ours=None, ours_s=(), theirs_s=(), refused="the keys differ")
-    assert verdict(record(100), refused) == ("not comparable", False)
+    assert verdict(record(100), refused) == ("refused in B", True)
+    assert verdict(refused, record(100)) == ("not comparable", False)
+    (difference,) = compare_records([record(100)], [refused], tolerance=0.05)
+    assert difference.caveat == "B refused: the keys differ"
+
+
+def test_what_has_no_rounds_is_not_comparable_and_says_so():
+    projected = record(100, ours_s=(), theirs_s=())
+    (difference,) = compare_records([record(100)], [projected], tolerance=0.05)
+    assert (difference.verdict, difference.caveat) == ("not comparable", "B has no rounds")
+
+
+def test_an_accuracy_that_rises_is_better_though_it_is_a_count():
+    a = record(1, kind="count", unit="% kNN top-1", ours=25.0, ours_s=(), theirs_s=())
+    assert verdict(a, dataclasses.replace(a, ours=30.0)) == ("faster", False)
+    assert verdict(a, dataclasses.replace(a, ours=20.0)) == ("slower", True)
+
+
+def test_other_ranks_are_another_benchmark():
+    found = compare_records([record(100, ranks=1)], [record(190, ranks=2)], tolerance=0.05)
+    assert [d.verdict for d in found] == ["only in A", "only in B"]
+
+
+def test_a_core_to_which_a_benchmark_pinned_itself_is_no_other_machine():
+    a = record(100, machine={"cpu": "one", "cores": 1.0, "cores_installed": 2})
+    b = record(100, machine={"cpu": "one", "cores": 2.0, "cores_installed": 2})
+    (difference,) = compare_records([a], [b], tolerance=0.05)
+    assert difference.caveat == ""
+
+
+def test_the_table_shows_interval_exactness_and_reasons_within_80_columns():
+    counted = record(1, name="enqueue", kind="count", unit="queue copies", ours=1.0, ours_s=(), theirs_s=())
+    pairs = (
+        (record(100), record(80, machine={"noise": {"noisy": True}})),
+        (counted, dataclasses.replace(counted, ours=0.0)),
+        (
+            record(9, name="[red]x[/]", peer=None),
+            record(9, name="[red]x[/]", peer=None, refused="[b]they differ"),
+        ),
+    )
+    found = compare_records([a for a, _ in pairs], [b for _, b in pairs], tolerance=0.05)
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(differences_table(found))
+    lines = printed.getvalue().splitlines()
+    words = " ".join(printed.getvalue().split())
+    assert max(map(len, lines)) <= 80
+    low, high = found[0].ratio.low, found[0].ratio.high
+    assert f"{low:.2f} to {high:.2f}" in words
+    assert "exact" in words
+    assert "[red]x[/]" in words
+    assert "they differ" in words
+    assert "past the" in words

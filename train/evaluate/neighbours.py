@@ -23,7 +23,7 @@ from linerate.pipeline.evaluation_views import decode_rgb
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
-from linerate.shards.gallery_page import escaped
+from linerate.shards.html_page import escaped
 from linerate.shards.terminal import make_parent
 from linerate.train.evaluate.knn import nearest_rows
 
