@@ -64,7 +64,7 @@ class Record:
     equal: str | None = None
     """what was found equal before the clock started"""
     ceiling: str | None = None
-    """what could not be beaten on this machine"""
+    """what could not be beaten on this machine; `none: ...` says why there is no such thing"""
     ceiling_rate: float | None = None
     ceiling_share: float | None = None
     """our share of the ceiling"""
@@ -158,7 +158,7 @@ def results_table(records: Sequence[Record]) -> RenderableType:
     )
     for record in records:
         table.add_row(
-            name_cell(record.name, record.peer),
+            name_cell(record.name, record.peer or _what(record)),
             f"{number(record.ours)}\n[dim]{record.unit}[/]",
             number(record.theirs),
             _ratio_cell(record),
@@ -178,8 +178,16 @@ def two_line_table(*headers: tuple[str, str]) -> Table:
     return table
 
 
+def _what(record: Record) -> str | None:
+    """What tells a record apart from others of its name that have no peer either."""
+    what, colon, _ = record.work.partition(":")
+    if not colon:
+        return None
+    return what if record.ranks is None else f"{what}, {record.ranks} rank{'s' if record.ranks > 1 else ''}"
+
+
 def name_cell(name: str, peer: str | None) -> str:
-    """The benchmark, and below it whom it is held against."""
+    """The benchmark, and below it whom it is held against, or what was measured alone."""
     return f"[bold]{name}[/]\n[dim]{peer or '-'}[/]"
 
 

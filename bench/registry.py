@@ -34,6 +34,10 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "ceilings": Benchmark(
+        "ceilings:bench_ceilings",
+        "what this machine can do at most: memory, matmul, disk, host to GPU, `cat`, JPEG decode",
+    ),
     "pack": Benchmark(
         "shards:bench_pack",
         "folder of 110 KB JPEGs -> shards; also against `cat`, and two processes against one",
@@ -110,6 +114,7 @@ class Suite:
     limits_s: Mapping[str, float] = field(default_factory=dict)
     """benchmark -> seconds that it may take in a process of its own; none: all share this one"""
     device: str = "cpu"
+    max_ranks: int = 2
 
     @property
     def names(self) -> list[str]:
@@ -124,6 +129,7 @@ FOR_A_GPU = ("step-small", "step-stages", "views-sweep")
 
 # What is known soonest comes first.
 GPU_LIMITS_S = {
+    "ceilings": 40.0,
     "enqueue": 60.0,
     "ema": 60.0,
     "sgd-ema": 60.0,
@@ -150,6 +156,13 @@ SUITES: dict[str, Suite] = {
         7,
         limits_s=GPU_LIMITS_S,
         device="cuda",
+    ),
+    "full": Suite(
+        "all of `cpu` and `plan`, more rounds and ranks, hours; then `gpu` where there is a CUDA device",
+        "full",
+        15,
+        FOR_A_GPU,
+        max_ranks=4,
     ),
 }
 
