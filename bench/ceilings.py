@@ -54,7 +54,7 @@ def measure_machine(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def step_ceiling(
-    work: StepWork, *, device: str, dtype: torch.dtype, form: Form, small: bool = False
+    work: StepWork, *, device: str, dtype: torch.dtype, form: Form = "eager", small: bool = False
 ) -> Ceiling:
     """The slower of a step's two floors on this machine: its products as one, or its bytes as one copy.
 

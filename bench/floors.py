@@ -163,7 +163,7 @@ def forward_flops(encoder: nn.Module, *, size: int) -> int:
     """FLOPs of one image's forward pass. encoder: on the meta device."""
     with FlopCounterMode(display=False) as counter:
         encoder(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def count_config(config: TrainConfig, *, world_size: int = 1) -> StepWork:
@@ -211,7 +211,7 @@ def count_step(
             step(1, backward=moved.backward)
     return StepWork(
         pairs=batch,
-        flops=arithmetic.get_total_flops(),
+        flops=int(arithmetic.get_total_flops()),
         eager_bytes=moved.eager,
         bn_relu_bytes=moved.bn_relu,
         bn_relu_add_bytes=moved.bn_relu_add,

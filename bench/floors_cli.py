@@ -87,7 +87,7 @@ def print_floors(floors: list[Floor], *, title: str, where: str) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "A pair is one image in its two views. Bytes: what each kernel reads and writes, with second reads of "
-        "BatchNorm and of convolutions' gradients; fused: without what no kernel would have to move "
+        "A pair is one image in its two views. Bytes: what each kernel reads and writes, with second reads "
+        "of BatchNorm and of convolutions' gradients; fused: without what no kernel would have to move "
         "(docs/benchmarks.md)."
     )

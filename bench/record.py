@@ -216,6 +216,11 @@ def is_noisy(record: Record) -> bool:
     return bool(record.machine.get("noise", {}).get("noisy"))
 
 
+def is_projection(record: Record) -> bool:
+    """By formula from what was measured on fewer ranks; no measurement."""
+    return (record.note or "").startswith("projection")
+
+
 def _ratio_cell(record: Record) -> str:
     if record.refused:
         return f"[red]refused: {record.refused}[/]"
@@ -225,6 +230,8 @@ def _ratio_cell(record: Record) -> str:
         return "-"
     if record.kind == "count":
         return f"{record.ratio:.2f}x\n[dim]exact[/]"
+    if is_projection(record):
+        return f"{record.ratio:.2f}x\n[dim]projected[/]"
     noisy = "[yellow]~[/] " if is_noisy(record) else ""
     return f"{noisy}{record.ratio:.2f}x\n[dim]{record.ratio_low:.2f} to {record.ratio_high:.2f}[/]"
 

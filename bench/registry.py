@@ -99,6 +99,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "train": Benchmark(
         "pipeline:bench_train", "loader alone, step alone, and both together; the recipe `demo`"
     ),
+    "scale": Benchmark(
+        "scale:bench_scale",
+        "the step on 1, 2 (4) ranks: weak and strong, collectives and their bytes; the recipe `demo`",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most: memory, arithmetic, disk, the way to a GPU, JPEGs. Nothing here is ours."""
+"""What this machine can do at most: memory, arithmetic, disk, the way to a GPU, JPEGs."""
 
 import contextlib
 import os
