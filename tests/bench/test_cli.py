@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from linerate.bench import cli, isolated, registry
+from linerate.bench import cli, disk, isolated, registry
 from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
 from linerate.bench.record import Record, append_jsonl, load_jsonl
 from linerate.bench.timing import Side
@@ -52,6 +52,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {name: registry.Benchmark(f"toys:{name}", f"the toy {name}", ("webdataset",)) for name in made}
     monkeypatch.setattr(registry, "BENCHMARKS", table)
     monkeypatch.setattr(registry.Benchmark, "load", lambda self: made[self.where.partition(":")[2]])
+    monkeypatch.setattr(disk, "NUM_BYTES", {"quick": 2**16, "full": 2**16})
 
 
 def run(*argv: str) -> int:
@@ -66,6 +67,46 @@ def test_json_is_one_pure_line_a_record(capsys: pytest.CaptureFixture[str], tmp_
         ("squares", "count", "quick"),
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_line_has_the_disks_rates_unless_nothing_is_measured(capsys: pytest.CaptureFixture[str]):
+    for words in ([], ["--tiny"]):
+        assert run("squares", "--json", *words) == 0
+        machines = [json.loads(line)["machine"] for line in capsys.readouterr().out.splitlines()]
+        assert len(machines) == 2
+        for machine in machines:
+            assert ("disk" in machine) == (not words)
+            assert words or machine["disk"]["write_mb_per_s"] > 0
+
+
+def test_the_full_suite_runs_the_gpus_benchmarks_after_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def note(name: str, options: list[str], *, suite: str, limit_s: float) -> Iterator[Record]:
+        yield Record(name=f"{name} apart", peer=None, work="w", unit="x/s", ours=1.0, suite=suite)
+
+    def here(name: str, *, setting: Setting, suite: str) -> Iterator[Record]:
+        assert (setting.max_ranks, setting.size) == (4, "full")
+        yield Record(name=name, peer=None, work="w", unit="x/s", ours=1.0, suite=suite)
+
+    limits = dataclasses.replace(registry.SUITES["gpu"], limits_s={"orphan": 9.0})
+    monkeypatch.setitem(registry.SUITES, "gpu", limits)
+    monkeypatch.setattr(isolated, "run_isolated", note)
+    monkeypatch.setattr(registry, "run_benchmark", here)
+    ran = {}
+    for has_gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        for words in ([], ["squares"]):
+            cli.main(["run", *words, "--suite", "full", "--json"])
+            lines = map(json.loads, capsys.readouterr().out.splitlines())
+            ran[has_gpu, *words] = [(line["name"], line["suite"]) for line in lines]
+    whole = [("squares", "full"), ("disagreeing", "full"), ("orphan", "full")]
+    assert ran == {
+        (False,): whole,
+        (False, "squares"): whole[:1],
+        (True,): [*whole, ("orphan apart", "gpu")],
+        (True, "squares"): whole[:1],
+    }
 
 
 def test_out_is_appended_to_and_the_table_names_the_ratio(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -115,7 +156,7 @@ def test_list_names_every_benchmark_and_suite(capsys: pytest.CaptureFixture[str]
     listed = json.loads(capsys.readouterr().out)
     assert list(listed["benchmarks"]) == ["squares", "disagreeing", "orphan"]
     assert listed["benchmarks"]["squares"]["about"] == "the toy squares"
-    assert set(listed["suites"]) == {"quick", "cpu", "gpu"}
+    assert set(listed["suites"]) == {"quick", "cpu", "gpu", "full"}
     assert cli.main(["list"]) == 0
     assert "disagreeing" in capsys.readouterr().out
 
