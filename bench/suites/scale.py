@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from linerate.bench.contest import Bar, Contest, Count, Setting, timed_record
-from linerate.bench.machine import noise, probe
+from linerate.bench.machine import Probe, machine, noise, probe
 from linerate.bench.projection import Projected, Traffic, project
 from linerate.bench.record import Record
 from linerate.bench.suites.scale_rank import Group, Launched, Rank
@@ -53,7 +53,12 @@ def bench_scale(setting: Setting) -> Iterator[Record | Count]:
     # One BN group a rank, where the recipe has larger ones.
     bn_group = min(config.bn.bn_group, config.optim.global_batch // ranks[-1])
     config = dataclasses.replace(config, bn=dataclasses.replace(config.bn, bn_group=bn_group))
-    yield from Scaling(config, ranks).measure(rounds=setting.rounds, min_round_s=setting.min_round_s)
+    scaling = Scaling(config, ranks)
+    try:
+        yield from scaling.measure(rounds=setting.rounds, min_round_s=setting.min_round_s)
+    except UserError as error:
+        work = scaling.describe("weak", scaling.ranks[-1])
+        yield Record(name=NAME, peer=None, work=work, unit="pairs/s", refused=str(error), machine=machine())
 
 
 class Scaling:
@@ -67,8 +72,6 @@ class Scaling:
         self.batch = config.optim.global_batch
         for num in self.ranks:
             self.config.rank_batch(num)
-        if any(self.batch % num for num in self.ranks):
-            raise UserError(f"the batch of {self.batch} does not divide over {self.ranks} ranks")
         self.times: dict[tuple[int, int], Seconds] = {}
         self.traffic: Traffic | None = None
 
@@ -84,9 +87,11 @@ class Scaling:
             sides = {
                 f"{num} {batch}": Side(run=partial(groups[num].answer, "step", batch)) for num, batch in cells
             }
-            before = probe()
+            for side in sides.values():
+                side.run()
+            before = _probe(groups.values())
             times = interleave(sides, rounds=rounds, min_round_s=min_round_s)
-            unrest = noise(before, probe())
+            unrest = noise(before, _probe(groups.values()))
             self.times = {(num, batch): times[f"{num} {batch}"] for num, batch in cells}
             yield from (self._record(mode, num, unrest) for mode in MODES for num in self.ranks)
             for num in self.ranks[1:]:
@@ -206,6 +211,12 @@ class Scaling:
             note=f"projection: {1e3 * found.compute_s:.3g} ms of one rank as measured, then "
             f"{found.sent_bytes / 1e6:.3g} MB at {link_gb_per_s:g} GB/s, nothing overlapped",
         )
+
+
+def _probe(groups: Iterable[Group]) -> Probe:
+    """The machine's probe; what our ranks have used is ours."""
+    found = probe()
+    return dataclasses.replace(found, own_s=found.own_s + sum(group.cpu_s for group in groups))
 
 
 def reference_traffic(config: TrainConfig, *, ranks: int, rank_batch: int) -> dict[str, int]:

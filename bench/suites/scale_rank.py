@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from linerate.bench.counting import OpCounter
 from linerate.bench.timing import synchronize
 from linerate.pipeline.two_views import TwoViews
+from linerate.shards.errors import UserError
 from linerate.train.config import TrainConfig
 from linerate.train.config_json import load_config, write_config
 from linerate.train.launch import open_accelerator
@@ -36,12 +37,17 @@ WARM_STEPS = 3
 class Group(Protocol):
     """Ranks that step together when they are told to."""
 
+    cpu_s: float
+    """CPU seconds that they have used, where those are not this process's own"""
+
     def answer(self, ask: str, batch: int) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
 class Rank:
     """The run's own learner on this rank, and views that are there already."""
+
+    cpu_s = 0.0
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self._config = config
@@ -130,29 +136,35 @@ class Launched:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._asked, self._answers = self._process.stdin, self._process.stdout
+        self._num, self.cpu_s = num, 0.0
 
     def answer(self, ask: str, batch: int) -> dict[str, Any]:
-        """What the first rank says when all have done it. Raises RuntimeError where they ended."""
+        """What the first rank says when all have done it. Raises UserError where they ended."""
         with contextlib.suppress(BrokenPipeError):
             self._asked.write(json.dumps({"ask": ask, "batch": batch}) + "\n")
             self._asked.flush()
         for line in self._answers:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
+                # All ranks do the same.
+                self.cpu_s = self._num * found.pop("cpu_s")
                 return found
         self._said.seek(0)
         told = [line for line in self._said.read().splitlines() if "Error" in line]
-        raise RuntimeError(f"the ranks ended: {told[0][:300] if told else 'they said nothing'}")
+        why = told[0][:300] if told else "they said nothing"
+        raise UserError(f"{self._num} ranks ended: {why}; give fewer --ranks, or a smaller --global-batch")
 
     def close(self) -> None:
-        """Let them end; after 30 s by force."""
+        """Let them end; after 30 s torchrun ends them, after 60 s the system."""
         with contextlib.suppress(BrokenPipeError):
             self._asked.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        for end in (self._process.terminate, self._process.kill):
+            try:
+                self._process.wait(timeout=30)
+                break
+            except subprocess.TimeoutExpired:
+                end()
+        self._process.wait()
         self._answers.close()
         self._said.close()
 
@@ -180,7 +192,7 @@ def main(folder: Path) -> None:
             break
         answer = rank.answer(**json.loads(line[0]))
         if first:
-            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.write(json.dumps({**answer, "cpu_s": time.process_time()}) + "\n")
             sys.stdout.flush()
     rank.close()
 

@@ -13,6 +13,7 @@ import torch
 from linerate.bench import cli
 from linerate.bench.contest import Count, Setting
 from linerate.bench.counting import OpCounter
+from linerate.bench.machine import Probe
 from linerate.bench.projection import Traffic, project
 from linerate.bench.record import Record, load_jsonl
 from linerate.bench.registry import run_benchmark
@@ -104,6 +105,8 @@ def test_a_ring_an_all_to_all_and_a_gather_send_what_the_formulas_say() -> None:
 class Steady:
     """Stands for ranks: a step takes no time, and sends what a counter would have seen."""
 
+    cpu_s = 0.0
+
     def __init__(self, config: TrainConfig, *_: Any, **__: Any) -> None:
         self.closed = False
 
@@ -134,6 +137,28 @@ def test_collectives_besides_gradients_and_broadcasts_are_counted_and_miss_their
     assert broadcasts.bar is not None
     assert (broadcasts.ours, broadcasts.bar.met(ratio=None, ours=broadcasts.ours)) == (2, False)
     assert counts["bytes of buffers"].ours == 7
+
+
+@pytest.mark.usefixtures("_without_processes")
+def test_what_the_ranks_use_of_the_machine_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_one(cpu_s: float) -> float:
+        group = Steady(_config())
+        group.cpu_s = cpu_s
+        return scale._probe([group]).own_s
+
+    alone = Probe((1e-3,), None, 5.0, 0.0)
+    monkeypatch.setattr(scale, "probe", lambda: alone)
+    assert of_one(2.0) == 7.0
+
+
+@pytest.mark.usefixtures("_without_processes")
+def test_ranks_that_end_are_a_refused_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def end(self: Steady, ask: str, batch: int) -> dict[str, Any]:
+        raise UserError("2 ranks ended: out of memory")
+
+    monkeypatch.setattr(Steady, "answer", end)
+    (record,) = run_benchmark("scale", setting=Setting(size="tiny", scratch=tmp_path), suite="tiny")
+    assert record.refused == "2 ranks ended: out of memory"
 
 
 @pytest.mark.usefixtures("_without_processes")
@@ -200,8 +225,8 @@ def test_ranks_that_end_say_why(tmp_path: Path) -> None:
     with (tmp_path / "said").open("w+") as said, (tmp_path / "asked").open("w") as asked:
         said.write("RuntimeError: out of memory\n")
         said.flush()
-        ended._said, ended._asked, ended._answers = said, asked, (tmp_path / "said").open()
-        with pytest.raises(RuntimeError, match="the ranks ended: RuntimeError: out of memory"):
+        ended._num, ended._said, ended._asked, ended._answers = 2, said, asked, (tmp_path / "said").open()
+        with pytest.raises(UserError, match="2 ranks ended: RuntimeError: out of memory; give fewer --ranks"):
             ended.answer("step", 3)
         ended._answers.close()
 
