@@ -21,7 +21,7 @@ from linerate.pipeline.cores import usable_cores
 from linerate.pipeline.recipe import find_recipe
 
 NAME = "ceilings"
-NO_GPU = "there is no CUDA device, so it is not measured"
+NO_GPU = "not measured, there is no CUDA device"
 
 
 def bench_ceilings(setting: Setting) -> Iterator[Contest | Record]:
@@ -175,4 +175,6 @@ def _ceiling(work: str, unit: str, amount: float, side: Side) -> Contest:
 
 
 def _missing(work: str, unit: str, why: str) -> Record:
-    return missing_record(NAME, _ceiling(work, unit, 1, Side(run=lambda: None)), missing=why)
+    return missing_record(
+        NAME, _ceiling(work, unit, 1, Side(run=lambda: None)), missing=f"{work.partition(':')[0]}: {why}"
+    )
