@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from linerate.bench.contest import Contest, Count, Setting, Size, run_contest
+from linerate.bench.machine import machine
 from linerate.bench.record import Record
 from linerate.shards.terminal import nearest
 
@@ -184,6 +185,8 @@ def select(names: list[str]) -> list[str]:
 
 def run_benchmark(name: str, *, setting: Setting, suite: str) -> Iterator[Record]:
     """One record for each contest of a benchmark, as it is measured."""
+    # Read once for the process, so before a benchmark pins it to one core.
+    machine()
     contests = BENCHMARKS[name].load()(setting)
     try:
         for contest in contests:

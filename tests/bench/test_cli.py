@@ -7,8 +7,9 @@ import pytest
 
 from linerate.bench import cli, disk, isolated, registry
 from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
+from linerate.bench.machine import available_cores, machine
 from linerate.bench.record import Record, append_jsonl, load_jsonl
-from linerate.bench.timing import Side
+from linerate.bench.timing import Side, one_core
 from linerate.shards.errors import UserError
 
 
@@ -77,6 +78,21 @@ def test_every_line_has_the_disks_rates_unless_nothing_is_measured(capsys: pytes
         for machine in machines:
             assert ("disk" in machine) == (not words)
             assert words or machine["disk"]["write_mb_per_s"] > 0
+
+
+def test_the_cores_on_record_are_the_machines_though_the_work_was_pinned_to_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def pinned(setting: Setting) -> Iterator[Contest | Count]:
+        with one_core():
+            yield Count(peer=None, work="w", unit="ops", ours=available_cores())
+
+    monkeypatch.setattr(registry.Benchmark, "load", lambda self: pinned)
+    cores = available_cores()
+    machine.cache_clear()
+    setting = Setting(scratch=tmp_path)
+    (record,) = registry.run_benchmark("squares", setting=setting, suite="quick")
+    assert (record.ours, record.machine["cores"]) == (1, cores)
 
 
 def test_the_full_suite_runs_the_gpus_benchmarks_after_its_own(
