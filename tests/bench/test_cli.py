@@ -75,9 +75,9 @@ def test_every_line_has_the_disks_rates_unless_nothing_is_measured(capsys: pytes
         assert run("squares", "--json", *words) == 0
         machines = [json.loads(line)["machine"] for line in capsys.readouterr().out.splitlines()]
         assert len(machines) == 2
-        for machine in machines:
-            assert ("disk" in machine) == (not words)
-            assert words or machine["disk"]["write_mb_per_s"] > 0
+        for found in machines:
+            assert ("disk" in found) == (not words)
+            assert words or found["disk"]["write_mb_per_s"] > 0
 
 
 def test_the_cores_on_record_are_the_machines_though_the_work_was_pinned_to_one(
