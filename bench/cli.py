@@ -30,9 +30,10 @@ class RunConfig:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """benchmarks to run (`linerate bench list` names them); all of the suite where none is given"""
-    suite: Literal["cpu", "quick", "gpu"] = "cpu"
-    """cpu: the work that the bars name, minutes; quick: smaller work, about a minute; gpu: what a CUDA device
-    is measured by, each benchmark in a process of its own under a time limit"""
+    suite: Literal["quick", "cpu", "gpu", "full"] = "cpu"
+    """quick: smaller work, about a minute; cpu: the work that the bars name, minutes; gpu: what a CUDA device
+    is measured by, each benchmark in a process of its own under a time limit; full: cpu with `plan`, more
+    rounds and ranks, hours, and then gpu where there is a CUDA device"""
     tiny: bool = False
     """the smallest work, on the CPU: proves that the paths run, and measures nothing"""
     within_s: float | None = None
@@ -86,6 +87,8 @@ def main(argv: list[str]) -> int:
         "compare": (main_compare, "hold one results file against another"),
         "report": (main_report, "bars, ceilings, scaling, stages, history and cost; --html for a page"),
         "matrix": (main_matrix, "results of several machines in one table"),
+        "floors": (main_floors, "count a recipe's step, and the time below which it cannot fall"),
+        "scale": (main_scale, "measure ranks 1, 2, ... of a recipe; project to more"),
         "list": (main_list, "name the benchmarks"),
     }
     return dispatch(commands, argv, prog="linerate bench")
@@ -155,22 +158,45 @@ def _run_all(
     config: RunConfig, names: list[str], *, scratch: Path, advance: Callable[[float], None]
 ) -> Iterator[Record]:
     """Every record of every benchmark; several of a suite with limits each run in a process of their own."""
-    from linerate.bench.isolated import run_isolated
+    from linerate.bench.disk import NUM_BYTES, disk_record
     from linerate.bench.registry import SUITES, run_benchmark
 
     suite = SUITES[config.suite]
+    disk = {} if config.tiny else {"disk": disk_record(scratch, num_bytes=NUM_BYTES[suite.size])}
     if not suite.limits_s or len(names) == 1:
         setting = _setting(config, scratch)
         for name in names:
-            yield from run_benchmark(name, setting=setting, suite=config.suite)
+            for record in run_benchmark(name, setting=setting, suite=config.suite):
+                yield dataclasses.replace(record, machine={**record.machine, **disk})
             advance(1)
-        return
+        names = _left_for_gpu(config)
+    yield from _run_apart(config, names, scratch=scratch, advance=advance)
+
+
+def _left_for_gpu(config: RunConfig) -> list[str]:
+    """What --suite full runs besides where there is a CUDA device."""
+    import torch
+
+    from linerate.bench.registry import SUITES
+
+    wanted = config.suite == "full" and not config.names and not config.tiny
+    return SUITES["gpu"].names if wanted and torch.cuda.is_available() else []
+
+
+def _run_apart(
+    config: RunConfig, names: list[str], *, scratch: Path, advance: Callable[[float], None]
+) -> Iterator[Record]:
+    """Benchmarks of the suite of a GPU, each in a process of its own, which finds the disk's rates there."""
+    from linerate.bench.isolated import run_isolated
+    from linerate.bench.registry import SUITES
+
+    suite = SUITES["gpu"]
     options = [*_words(config), "--scratch", str(scratch)]
     deadline = float("inf") if config.within_s is None else time.monotonic() + config.within_s
     for name in names:
         left_s = max(0.0, deadline - time.monotonic())
         limit_s = min(suite.limits_s.get(name, max(suite.limits_s.values())), left_s)
-        yield from run_isolated(name, options, suite=config.suite, limit_s=limit_s)
+        yield from run_isolated(name, options, suite="gpu", limit_s=limit_s)
         advance(1)
 
 
@@ -193,6 +219,7 @@ def _setting(config: RunConfig, scratch: Path) -> Setting:
         for_gpu=bool(suite.device == "cuda"),
         backends=backends,
         recipe=config.recipe,
+        max_ranks=suite.max_ranks,
     )
 
 
@@ -237,6 +264,20 @@ def main_compare(argv: list[str]) -> int:
             highlight=False,
         )
     return int(regressions > 0)
+
+
+def main_floors(argv: list[str]) -> int:
+    """`linerate bench floors RECIPE [--gb-per-s X --tflops Y] [flags of the recipe]`."""
+    from linerate.bench.floors_cli import main
+
+    return main(argv)
+
+
+def main_scale(argv: list[str]) -> int:
+    """`linerate bench scale RECIPE [--ranks 1 2 4] [--project-to 8 64 --link-gb-per-s X] [flags]`."""
+    from linerate.bench.scale_cli import main
+
+    return main(argv)
 
 
 def main_list(argv: list[str]) -> int:

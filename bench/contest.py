@@ -41,6 +41,8 @@ class Setting:
     """of `views`: what makes them; none: DALI on one core against Pillow"""
     recipe: str | None = None
     """of `views` by backends: v1, v2 or v3; None: v2"""
+    max_ranks: int = 2
+    """of `scale`: the most ranks on a CPU"""
 
     def pick(self, *, tiny: ValueT, quick: ValueT, full: ValueT) -> ValueT:
         """The value for this size."""
@@ -102,6 +104,9 @@ class Contest:
     """asserts that both sides produce the same and says what was found equal; raises Disagreement"""
     bar: Bar | None = None
     ceiling: Ceiling | None = None
+    no_ceiling: str | None = None
+    """why nothing is called this work's ceiling, where there is none"""
+    ranks: int | None = None
     min_round_s: float | None = None
     note: str | None = None
 
@@ -117,6 +122,7 @@ class Count:
     theirs: float | None = None
     equal: str | None = None
     bar: Bar | None = None
+    ranks: int | None = None
     note: str | None = None
 
 
@@ -178,6 +184,8 @@ def _blank_record(name: str, contest: Contest, suite: str) -> Record:
         amount=contest.amount,
         missing=contest.missing,
         note=contest.note,
+        ranks=contest.ranks,
+        ceiling=f"none: {contest.no_ceiling}" if contest.no_ceiling else None,
         bar=contest.bar.value if contest.bar else None,
         bar_reads=contest.bar.reads() if contest.bar else None,
         suite=suite,
@@ -238,6 +246,7 @@ def _count_record(name: str, count: Count, suite: str) -> Record:
         met=count.bar.met(ratio=ratio, ours=count.ours) if count.bar else None,
         equal=count.equal,
         note=count.note,
+        ranks=count.ranks,
         suite=suite,
         measured_at=_now(),
         machine=machine(),

@@ -33,8 +33,8 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     without arithmetic (FakeTensorMode, over which this works) would else hide all of that.
     ops: name -> calls. num_bytes: bytes of tensor inputs and outputs of the counted operations.
     num_syncs: reads back to the host, which give 0 in a trace. peak_bytes: most bytes of new storages alive
-    at once. num_large: operations whose new output holds `large_numel` elements or more. num_collectives,
-    collective_bytes: calls to torch.distributed, and bytes of the buffers that they fill.
+    at once. num_large: operations whose new output holds `large_numel` elements or more. collectives,
+    filled_bytes: calls to torch.distributed by name, and bytes of the buffers that they fill.
     """
 
     def __init__(self, *, large_numel: int | None = None, open_operators: bool = False) -> None:
@@ -43,13 +43,24 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: Counter[str] = Counter()
         self.num_bytes = self.num_syncs = self.num_large = 0
         self.peak_bytes = self._alive_bytes = 0
-        self.num_collectives = self.collective_bytes = 0
+        self.collectives: Counter[str] = Counter()
+        self.filled_bytes: Counter[str] = Counter()
         self._storages: set[int] = set()
 
     @property
     def num_ops(self) -> int:
         """All counted operations."""
         return sum(self.ops.values())
+
+    @property
+    def num_collectives(self) -> int:
+        """All calls to torch.distributed."""
+        return sum(self.collectives.values())
+
+    @property
+    def collective_bytes(self) -> int:
+        """All bytes that they fill."""
+        return sum(self.filled_bytes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,9 +74,10 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = 0
         if func.namespace == "c10d":
             # Every collective names the buffers that it fills first.
+            name = func.overloadpacket.__name__
             filled = [leaf for leaf in tree_iter(args[0]) if isinstance(leaf, torch.Tensor)]
-            self.num_collectives += 1
-            self.collective_bytes += sum(t.numel() * t.element_size() for t in filled)
+            self.collectives[name] += 1
+            self.filled_bytes[name] += sum(t.numel() * t.element_size() for t in filled)
         if not func.namespace.startswith("prim"):
             self._note(func, args, kwargs, out)
         return out

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from linerate.bench.cost import Cost, costs_of
 from linerate.bench.fleet import Machine, machines_of
-from linerate.bench.record import Record
+from linerate.bench.record import Record, is_projection
 
 Status = Literal["met", "not met", "other size", "no bar", "not measured", "refused"]
 # Their records have a part of the report of their own; a sweep judges accuracy.
@@ -169,11 +169,6 @@ def scalings_of(machine: Machine) -> list[Scaling]:
         Scaling(machine=machine.name, title=title, points=_points(records))
         for title, records in series.items()
     ]
-
-
-def is_projection(record: Record) -> bool:
-    """The rate was computed, not measured."""
-    return (record.note or "").lower().startswith("projection")
 
 
 def _title(record: Record) -> str:

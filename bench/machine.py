@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ LIBRARIES = (
 # Bars in pairs/s were set on this card; they say nothing of another.
 BAR_GPU = "H200"
 PARTS = ("shards", "pipeline", "train", "bench")
+
+# What of a GPU moves with its work: read, never set.
+GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw")
 
 # A kernel whose time wanders by a tenth, or a neighbour on a tenth of the machine, moves ratios visibly.
 MAX_SPREAD = 0.10
@@ -136,21 +140,24 @@ def gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    record: dict[str, Any] = {
+    return {
         "name": properties.name,
         "count": torch.cuda.device_count(),
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "sms": properties.multi_processor_count,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
+        **read_gpu("driver_version", *GPU_STATE, "clocks.max.sm", "power.limit"),
     }
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit")
+
+
+def read_gpu(*fields: str) -> dict[str, str]:
+    """What the driver says of the first device, by field with _ for its points; {} where it says nothing."""
     query = _output(
         ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     )
-    if query:
-        record.update(zip((f.replace(".", "_") for f in fields), query.split(", "), strict=False))
-    return record
+    names = [field.replace(".", "_") for field in fields]
+    return dict(zip(names, query.split(", "), strict=False)) if query else {}
 
 
 def is_bar_gpu() -> bool:
@@ -163,6 +170,7 @@ def code_identity() -> dict[str, Any]:
     """Which code ran: version, commit where there is a checkout, and a hash of the sources themselves."""
     import xxhash
 
+    from linerate import __file__ as linerate_file
     from linerate import __version__
 
     package = Path(__file__).resolve().parent.parent
@@ -177,6 +185,8 @@ def code_identity() -> dict[str, Any]:
     changed = _output(["git", "-C", str(package), "status", "--porcelain", "--", *PARTS]) if commit else ""
     return {
         "version": __version__,
+        # Of the package that was imported: src/linerate in a checkout, site-packages/linerate of a wheel.
+        "path": "/".join(Path(linerate_file).parent.parts[-2:]),
         "commit": commit or None,
         "dirty": bool(changed) if commit else None,
         "sources_xxh3": digest.hexdigest(),
@@ -221,12 +231,16 @@ def noise(before: Probe, after: Probe) -> dict[str, Any]:
     if before.busy_s is not None and after.busy_s is not None and elapsed > 0:
         others = max(0.0, (after.busy_s - before.busy_s) - (after.own_s - before.own_s)) / elapsed
     crowded = others is not None and others > MAX_OTHERS_SHARE * (os.cpu_count() or 1)
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
     return {
         "spread": round(spread, 4),
         "kernel_ms_before": round(1e3 * float(np.median(before.seconds)), 4),
         "kernel_ms_after": round(1e3 * float(np.median(after.seconds)), 4),
         "others_cores": None if others is None else round(others, 3),
         "noisy": spread > MAX_SPREAD or crowded,
+        # Before they fall again: the clocks and the power of the work that was just measured.
+        **(read_gpu(*GPU_STATE) if on_gpu else {}),
     }
 
 

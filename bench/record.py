@@ -68,7 +68,7 @@ class Record:
     equal: str | None = None
     """what was found equal before the clock started"""
     ceiling: str | None = None
-    """what could not be beaten on this machine"""
+    """what could not be beaten on this machine; `none: ...` says why there is no such thing"""
     ceiling_rate: float | None = None
     ceiling_share: float | None = None
     """our share of the ceiling"""
@@ -190,7 +190,7 @@ def results_table(records: Sequence[Record]) -> RenderableType:
     )
     for record in records:
         table.add_row(
-            name_cell(record.name, record.peer),
+            name_cell(record.name, record.peer or _what(record)),
             f"{number(record.ours)}\n[dim]{plain(record.unit)}[/]",
             number(record.theirs),
             _ratio_cell(record),
@@ -213,8 +213,16 @@ def two_line_table(*headers: tuple[str, str]) -> Table:
     return table
 
 
+def _what(record: Record) -> str | None:
+    """What tells a record apart from others of its name that have no peer either."""
+    what, colon, _ = record.work.partition(":")
+    if not colon:
+        return None
+    return what if record.ranks is None else f"{what}, {record.ranks} rank{'s' if record.ranks > 1 else ''}"
+
+
 def name_cell(name: str, peer: str | None) -> str:
-    """The benchmark, and below it whom it is held against."""
+    """The benchmark, and below it whom it is held against, or what was measured alone."""
     return f"[bold]{plain(name)}[/]\n[dim]{plain(peer or '-')}[/]"
 
 
@@ -254,6 +262,11 @@ def more_is_better(record: Record) -> bool:
     return record.kind == "time" or "top-1" in record.unit
 
 
+def is_projection(record: Record) -> bool:
+    """By formula from what was measured on fewer ranks; no measurement."""
+    return (record.note or "").startswith("projection")
+
+
 def _ratio_cell(record: Record) -> str:
     if record.refused:
         return "[red]refused[/]"
@@ -263,6 +276,8 @@ def _ratio_cell(record: Record) -> str:
         return "-"
     if record.kind == "count":
         return f"{record.ratio:.2f}x\n[dim]exact[/]"
+    if is_projection(record):
+        return f"{record.ratio:.2f}x\n[dim]projected[/]"
     noisy = "[yellow]~[/] " if is_noisy(record) else ""
     return f"{noisy}{record.ratio:.2f}x\n[dim]{record.ratio_low:.2f} to {record.ratio_high:.2f}[/]"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from linerate.bench.contest import Contest, Count, Setting, Size, run_contest
+from linerate.bench.machine import machine
 from linerate.bench.record import Record
 from linerate.shards.terminal import nearest
 
@@ -34,6 +35,10 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "ceilings": Benchmark(
+        "ceilings:bench_ceilings",
+        "what this machine can do at most: memory, matmul, disk, host to GPU, `cat`, JPEG decode",
+    ),
     "pack": Benchmark(
         "shards:bench_pack",
         "folder of 110 KB JPEGs -> shards; also against `cat`, and two processes against one",
@@ -95,6 +100,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "train": Benchmark(
         "pipeline:bench_train", "loader alone, step alone, and both together; the recipe `demo`"
     ),
+    "scale": Benchmark(
+        "scale:bench_scale",
+        "the step on 1, 2 (4) ranks: weak and strong, collectives and their bytes; the recipe `demo`",
+    ),
 }
 
 
@@ -110,6 +119,7 @@ class Suite:
     limits_s: Mapping[str, float] = field(default_factory=dict)
     """benchmark -> seconds that it may take in a process of its own; none: all share this one"""
     device: str = "cpu"
+    max_ranks: int = 2
 
     @property
     def names(self) -> list[str]:
@@ -124,6 +134,7 @@ FOR_A_GPU = ("step-small", "step-stages", "views-sweep")
 
 # What is known soonest comes first.
 GPU_LIMITS_S = {
+    "ceilings": 40.0,
     "enqueue": 60.0,
     "ema": 60.0,
     "sgd-ema": 60.0,
@@ -151,6 +162,13 @@ SUITES: dict[str, Suite] = {
         limits_s=GPU_LIMITS_S,
         device="cuda",
     ),
+    "full": Suite(
+        "all of `cpu` and `plan`, more rounds and ranks, hours; then `gpu` where there is a CUDA device",
+        "full",
+        15,
+        FOR_A_GPU,
+        max_ranks=4,
+    ),
 }
 
 
@@ -167,6 +185,8 @@ def select(names: list[str]) -> list[str]:
 
 def run_benchmark(name: str, *, setting: Setting, suite: str) -> Iterator[Record]:
     """One record for each contest of a benchmark, as it is measured."""
+    # Read once for the process, so before a benchmark pins it to one core.
+    machine()
     contests = BENCHMARKS[name].load()(setting)
     try:
         for contest in contests:

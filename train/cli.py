@@ -84,7 +84,7 @@ class TrainCommand(RecipeCommand):
 def main_train(argv: list[str]) -> int:
     """`linerate train RECIPE --shards OUT --run DIR [--resume] [--dry-run] [flags of the recipe]`."""
     if not argv or argv[0] in ("-h", "--help"):
-        _print_recipes("linerate train")
+        _print_recipes("linerate train", "--shards FOLDER --run FOLDER [--resume] [--dry-run]")
         return 0
     command, config = parse_train(argv)
     if command.ranks is not None and not command.dry_run:
@@ -112,7 +112,7 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
 
 
 def parse_recipe(
-    kind: type[RecipeCommandT], argv: list[str], *, prog: str
+    kind: type[RecipeCommandT], argv: list[str], *, prog: str, usage: str = "--shards FOLDER --out PATH"
 ) -> tuple[RecipeCommandT, TrainConfig]:
     """A command whose first word is a recipe and whose flags are the recipe's fields, and its config.
 
@@ -120,7 +120,7 @@ def parse_recipe(
     shards that are named do not fill a batch, or another batch comes without a decision about lr.
     """
     if argv and argv[0] in ("-h", "--help"):
-        _print_recipes(prog)
+        _print_recipes(prog, usage)
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(
@@ -180,10 +180,9 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
 
 
-def _print_recipes(prog: str) -> None:
+def _print_recipes(prog: str, usage: str) -> None:
     console = Console()
-    more = "--run FOLDER [--resume] [--dry-run]" if prog == "linerate train" else "--out PATH"
-    console.print(f"usage: {prog} RECIPE --shards FOLDER {more} ...\n", markup=False)
+    console.print(f"usage: {prog} RECIPE {usage} ...\n", markup=False)
     table = Table(box=None, show_header=False)
     for name, recipe in RECIPES.items():
         table.add_row(f"[bold cyan]{name}[/]", recipe.title)

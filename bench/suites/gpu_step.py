@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from linerate.bench.ceilings import Form, step_ceiling
 from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting, missing_peer
+from linerate.bench.floors import StepWork
 from linerate.bench.machine import BAR_GPU, is_bar_gpu
 from linerate.bench.suites import step as steps
 from linerate.bench.suites import train_peers as peers
 from linerate.bench.suites.step_parts import DIM, EMA_MOMENTUM, TEMPERATURE
 from linerate.bench.timing import Side
-from linerate.train.encoder import build_encoder
 
 GROUPS = 8
 MAX_SMALL_STEP_MS = 6.5
@@ -108,9 +108,8 @@ def bench_step_on_gpu(setting: Setting) -> Iterator[Contest | Count]:
     shape = shape_of(setting, batch=256)
     forms = Forms(shape)
     agree = cache(partial(_same_curve, shape))
-    ceiling = arithmetic(shape)
     eager, compiled = forms.ours(), forms.ours(compiled=True)
-    about: dict[str, Any] = {"unit": "pairs/s", "amount": shape.batch, "ceiling": ceiling}
+    about: dict[str, Any] = {"unit": "pairs/s", "amount": shape.batch, "ceiling": ceiling_of(shape, "eager")}
     yield Contest(
         peer="plain torch eager",
         work=f"eager: {shape}, groups=1",
@@ -131,6 +130,7 @@ def bench_step_on_gpu(setting: Setting) -> Iterator[Contest | Count]:
         **about,
     )
     yield from _groups(forms, compiled=False, about=about, full_size=full_size)
+    about["ceiling"] = ceiling_of(shape, "compiled")
     yield Contest(
         peer="plain torch compiled",
         work=f"compiled: {shape}, groups=1",
@@ -174,6 +174,7 @@ def bench_step_small(setting: Setting) -> Iterator[Contest]:
             theirs=forms.plain(),
             agree=agree,
             bar=Bar(1.8, full_size=setting.size == "full"),
+            ceiling=ceiling_of(shape, "compiled" if compiled else "eager"),
         )
     yield Contest(
         peer=None,
@@ -184,6 +185,7 @@ def bench_step_small(setting: Setting) -> Iterator[Contest]:
         bar=Bar(
             round(1e3 * 32 / MAX_SMALL_STEP_MS), of="ours", full_size=setting.size == "full" and is_bar_gpu()
         ),
+        ceiling=ceiling_of(shape, "compiled"),
         note=f"the bar is {MAX_SMALL_STEP_MS} ms a step on an {BAR_GPU}",
     )
 
@@ -220,19 +222,13 @@ def _same_curve(shape: Shape) -> str:
     )
 
 
-def arithmetic(shape: Shape) -> Ceiling:
-    """The step's multiplications as one large matrix product: four forward passes' worth a pair."""
-    with torch.device("meta"):
-        encoder = build_encoder(
-            shape.encoder, dim=DIM, stem="cifar" if shape.encoder.startswith("tiny") else "imagenet"
-        )
-        counter = FlopCounterMode(display=False)
-        with counter:
-            encoder(torch.empty(1, 3, shape.size, shape.size))
-    side = 8192 if shape.device == "cuda" else 256
-    matrix = torch.randn(side, side, device=shape.device, dtype=torch.bfloat16)
-    return Ceiling(
-        name="its products as one bf16 matmul",
-        side=Side(run=lambda: matrix @ matrix),
-        amount=2 * side**3 / (4 * counter.get_total_flops()),
-    )
+def ceiling_of(shape: Shape, form: Form) -> Ceiling:
+    """The slower of the step's floors on this machine."""
+    dtype, small = torch.bfloat16, shape.device == "cpu"
+    return step_ceiling(_work_of(shape), device=shape.device, dtype=dtype, form=form, small=small)
+
+
+@cache
+def _work_of(shape: Shape) -> StepWork:
+    sizes = {"size": shape.size, "batch": shape.batch, "num_keys": shape.num_keys}
+    return steps.floor_work(shape.encoder, autocast=True, **sizes)

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from linerate.bench.contest import Bar, Contest, Setting, missing_peer
+import simplejpeg
+
+from linerate.bench.contest import Bar, Ceiling, Contest, Setting, missing_peer
 from linerate.bench.images import ImageFolder
 from linerate.bench.suites import shard_resizers as peers
 from linerate.bench.suites.shard_peers import load_with_pillow
@@ -28,7 +30,8 @@ def bench_pack_full(setting: Setting) -> Iterator[Contest]:
     images = scratch_images(setting, setting.pick(tiny=20, quick=60, full=600))
     bar = Bar(1.4, full_size=setting.size == "full")
     with one_core():
-        yield against_shard_writer(setting, images, CHECKED, bar, check=load_with_pillow)
+        ceiling = decode_of(images, CHECKED)
+        yield against_shard_writer(setting, images, CHECKED, bar, check=load_with_pillow, ceiling=ceiling)
         yield from _against_img2dataset(setting, images, CHECKED, work=pack_work(images, CHECKED), bar=1.4)
 
 
@@ -132,8 +135,29 @@ def _contest(
         missing=missing,
         agree=run_agree,
         bar=Bar(bar, full_size=setting.size == "full"),
+        ceiling=decode_of(images, options),
         note=note,
     )
+
+
+def decode_of(images: ImageFolder, options: PackOptions) -> Ceiling:
+    """Every file decoded as far as the options need, and nothing resized or written."""
+
+    def check() -> None:
+        for path in images.files:
+            simplejpeg.decode_jpeg(path.read_bytes(), "GRAY", True, True, 1, 1, 8)
+
+    def shrink(least: int) -> None:
+        for path in images.files:
+            jpeg = path.read_bytes()
+            height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+            factor = next((f for f in (8, 4, 2) if min(height, width) // f >= least), 1)
+            sides = (height // factor, width // factor) if factor > 1 else (0, 0)
+            simplejpeg.decode_jpeg(jpeg, "RGB", False, False, *sides, factor)
+
+    if options.resize is None:
+        return Ceiling(name="decode of every file to an eighth, gray", side=Side(run=check))
+    return Ceiling(name="decode of every file", side=Side(run=partial(shrink, options.resize)))
 
 
 def _work(images: ImageFolder) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import duckdb
 
-from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
+from linerate.bench.contest import Bar, Ceiling, Contest, Count, Disagreement, Setting
 from linerate.bench.timing import Side, one_core
 from linerate.shards.manifest import ManifestSource
 from linerate.shards.options import Dedup, Selection, Sizing
@@ -72,6 +72,11 @@ def _contest(setting: Setting, tables: list[Path], rows: int, *, dedup: Dedup | 
             db.execute("SET enable_progress_bar = false")
             db.execute(f"COPY ({wanted} ORDER BY hash(path)) TO '{theirs / 'rows.parquet'}'")
 
+    def scan() -> None:
+        with duckdb.connect(config={"threads": 1}) as db:
+            # Every column is read, and the hash of every path that is sorted by is computed.
+            db.execute(f"SELECT bit_xor(hash(path)), sum(size), sum(label) FROM ({wanted})").fetchall()
+
     def agree() -> str:
         _empty(ours)
         plan = _plan(tables, ours, dedup=dedup)
@@ -89,6 +94,10 @@ def _contest(setting: Setting, tables: list[Path], rows: int, *, dedup: Dedup | 
         theirs=Side(run=copy, prepare=lambda: _empty(theirs)),
         agree=agree,
         bar=Bar(1 / 1.3, full_size=setting.size == "full"),
+        ceiling=Ceiling(
+            name=f"DuckDB's scan, filter{', GROUP BY path' if dedup else ''} and hash of each path, not sorted",
+            side=Side(run=scan),
+        ),
     )
 
 

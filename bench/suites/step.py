@@ -9,8 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import linerate.train.step as train
+from linerate.bench.ceilings import step_ceiling
 from linerate.bench.contest import Bar, Contest, Count, Setting
 from linerate.bench.counting import OpCounter
+from linerate.bench.floors import StepWork, count_step
 from linerate.bench.suites import train_peers as peers
 from linerate.bench.suites.step_parts import (
     DIM,
@@ -40,6 +42,7 @@ def bench_step(setting: Setting) -> Iterator[Contest | Count]:
         tiny=small, quick=("tiny-resnet", 32, 64, 4096), full=("resnet18", 64, 64, 65536)
     )
     ours, theirs = build_sides(name, num_keys=num_keys)
+    work = floor_work(name, size=size, batch=batch, num_keys=num_keys)
     views = [random_views(batch, size, seed=seed) for seed in (0, 1)]
     yield Contest(
         peer="plain torch eager",
@@ -49,6 +52,7 @@ def bench_step(setting: Setting) -> Iterator[Contest | Count]:
         ours=Side(run=lambda: ours(*views)),
         theirs=Side(run=lambda: theirs.step(*views)),
         agree=lambda: require_same_losses(name, num_keys=num_keys, size=size, batch=batch),
+        ceiling=step_ceiling(work, device="cpu", dtype=torch.float32, small=setting.size == "tiny"),
     )
     shape = setting.pick(tiny=small, quick=("resnet50", 224, 256, 65536), full=("resnet50", 224, 256, 65536))
     yield from _count_step(*shape, full_size=setting.size != "tiny")
@@ -139,6 +143,13 @@ class OurStep:
     optimizer: torch.optim.Optimizer
     run: Callable[[Tensor, Tensor], Tensor]
     """(query views, key views) -> loss"""
+
+
+def floor_work(name: str, *, size: int, batch: int, num_keys: int, autocast: bool = False) -> StepWork:
+    """What our step must compute and move, counted on shapes alone."""
+    ours = our_step(*start(name, num_keys=num_keys))
+    narrow = torch.bfloat16 if autocast else None
+    return count_step(ours.moco, ours.optimizer, batch=batch, size=size, narrow=narrow)
 
 
 def our_step(

@@ -87,6 +87,9 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
     queue = KeyQueue(num_keys, DIM, generator=generator).to(device)
     reference = peers.ReferenceQueue(queue.keys)
 
+    rows = torch.empty_like(new_keys)
+    copy = Ceiling(name="one copy of the keys", side=Side(run=lambda: rows.copy_(new_keys)))
+
     def run_ours() -> None:
         queue.enqueue(new_keys)
 
@@ -115,6 +118,7 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
         ours=Side(run=run_ours),
         theirs=Side(run=run_theirs),
         agree=agree,
+        ceiling=copy,
     )
     if device == "cuda":
         yield Contest(
@@ -124,6 +128,7 @@ def bench_enqueue(setting: Setting) -> Iterator[Contest | Count]:
             amount=NUM_CAPTURED,
             ours=Side(run=captured(run_ours, times=NUM_CAPTURED)),
             bar=Bar(1e6 / MAX_ENQUEUE_US, of="ours", full_size=setting.size == "full"),
+            ceiling=Ceiling(name=copy.name, side=Side(run=captured(copy.side.run, times=NUM_CAPTURED))),
             note=f"the bar is {MAX_ENQUEUE_US} us of the GPU's time",
         )
     ours, theirs = (count_side(side, large_numel=num_keys * DIM) for side in (run_ours, run_theirs))

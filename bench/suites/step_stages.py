@@ -131,6 +131,7 @@ def bench_step_stages(setting: Setting) -> Iterator[Record]:
                 unit="pairs/s",
                 amount=shape.batch,
                 ours=Side(run=lambda: None),
+                no_ceiling="`step` has one for the whole step",
                 note=f"most time: {kernels}" if stage == "whole step" else share,
             ),
             times={"ours": np.maximum(seconds, 1e-9)},

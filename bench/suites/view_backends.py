@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from linerate.bench.contest import Bar, Contest, Disagreement, Setting, missing_record, timed_record
+from linerate.bench.contest import Bar, Ceiling, Contest, Disagreement, Setting, missing_record, timed_record
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
 from linerate.bench.suites.view_parts import decoder_of, only_crops, parts_of
@@ -75,26 +75,32 @@ def _compare(work: Work, names: list[str], setting: Setting, *, by_part: bool) -
         unrest = noise(before, probe())
     full_size = setting.size == "full"
     for name in names:
-        contest = _contest(name, work, sides.get(name), full_size=full_size)
+        contest = _contest(name, work, sides.get(name), full_size=full_size, decodes=by_part)
         if name in lacking:
             yield missing_record(NAME, contest, missing=lacking[name])
             continue
         shared = {"ours": times[name]} | ({"theirs": times[REFERENCE]} if name != REFERENCE else {})
+        if by_part:
+            shared |= {"ceiling": times[f"{name} decodes"]}
         record = timed_record(NAME, contest, times=shared, noise=unrest, suite="")
         yield dataclasses.replace(record, equal=same.get(name))
         if by_part:
             yield from parts_of(name, work, times, unrest)
 
 
-def _contest(name: str, work: Work, steady: Steady | None, *, full_size: bool) -> Contest:
+def _contest(name: str, work: Work, steady: Steady | None, *, full_size: bool, decodes: bool) -> Contest:
+    """decodes: its decoder was timed alone."""
+    side = steady.side if steady else Side(run=lambda: None)
     bar = Bar(1.3, full_size=full_size) if name == "dali" and work.device == "cpu" else None
     return Contest(
         peer=None if name == REFERENCE else f"{name}, against {REFERENCE}",
         work=f"--backend {name}: {work}",
         unit="pairs/s",
         amount=work.amount,
-        ours=steady.side if steady else Side(run=lambda: None),
+        ours=side,
         bar=bar,
+        ceiling=Ceiling(name="its decoder alone", side=side) if decodes else None,
+        no_ceiling=None if decodes else "its decoder alone is timed on one core",
     )
 
 

@@ -34,6 +34,7 @@ def parts_of(name: str, work: Work, times: dict[str, Seconds], unrest: dict[str,
             unit="pairs/s",
             amount=work.amount,
             ours=Side(run=lambda: None),
+            no_ceiling="a part of the views' time",
             note=f"{100 * float(np.median(seconds / whole)):.0f} % of the time of the views",
         )
         yield timed_record(NAME, contest, times={"ours": seconds, "theirs": whole}, noise=unrest, suite="")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from linerate.bench import cli, isolated, registry
+from linerate.bench import cli, disk, isolated, registry
 from linerate.bench.contest import Bar, Contest, Count, Disagreement, Setting
+from linerate.bench.machine import available_cores, machine
 from linerate.bench.record import Record, append_jsonl, load_jsonl
-from linerate.bench.timing import Side
+from linerate.bench.timing import Side, one_core
 from linerate.shards.errors import UserError
 
 
@@ -52,6 +53,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {name: registry.Benchmark(f"toys:{name}", f"the toy {name}", ("webdataset",)) for name in made}
     monkeypatch.setattr(registry, "BENCHMARKS", table)
     monkeypatch.setattr(registry.Benchmark, "load", lambda self: made[self.where.partition(":")[2]])
+    monkeypatch.setattr(disk, "NUM_BYTES", {"quick": 2**16, "full": 2**16})
 
 
 def run(*argv: str) -> int:
@@ -66,6 +68,61 @@ def test_json_is_one_pure_line_a_record(capsys: pytest.CaptureFixture[str], tmp_
         ("squares", "count", "quick"),
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_line_has_the_disks_rates_unless_nothing_is_measured(capsys: pytest.CaptureFixture[str]):
+    for words in ([], ["--tiny"]):
+        assert run("squares", "--json", *words) == 0
+        machines = [json.loads(line)["machine"] for line in capsys.readouterr().out.splitlines()]
+        assert len(machines) == 2
+        for found in machines:
+            assert ("disk" in found) == (not words)
+            assert words or found["disk"]["write_mb_per_s"] > 0
+
+
+def test_the_cores_on_record_are_the_machines_though_the_work_was_pinned_to_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def pinned(setting: Setting) -> Iterator[Contest | Count]:
+        with one_core():
+            yield Count(peer=None, work="w", unit="ops", ours=available_cores())
+
+    monkeypatch.setattr(registry.Benchmark, "load", lambda self: pinned)
+    cores = available_cores()
+    machine.cache_clear()
+    setting = Setting(scratch=tmp_path)
+    (record,) = registry.run_benchmark("squares", setting=setting, suite="quick")
+    assert (record.ours, record.machine["cores"]) == (1, cores)
+
+
+def test_the_full_suite_runs_the_gpus_benchmarks_after_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def note(name: str, options: list[str], *, suite: str, limit_s: float) -> Iterator[Record]:
+        yield Record(name=f"{name} apart", peer=None, work="w", unit="x/s", ours=1.0, suite=suite)
+
+    def here(name: str, *, setting: Setting, suite: str) -> Iterator[Record]:
+        assert (setting.max_ranks, setting.size) == (4, "full")
+        yield Record(name=name, peer=None, work="w", unit="x/s", ours=1.0, suite=suite)
+
+    limits = dataclasses.replace(registry.SUITES["gpu"], limits_s={"orphan": 9.0})
+    monkeypatch.setitem(registry.SUITES, "gpu", limits)
+    monkeypatch.setattr(isolated, "run_isolated", note)
+    monkeypatch.setattr(registry, "run_benchmark", here)
+    ran = {}
+    for has_gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        for words in ([], ["squares"]):
+            cli.main(["run", *words, "--suite", "full", "--json"])
+            lines = map(json.loads, capsys.readouterr().out.splitlines())
+            ran[has_gpu, *words] = [(line["name"], line["suite"]) for line in lines]
+    whole = [("squares", "full"), ("disagreeing", "full"), ("orphan", "full")]
+    assert ran == {
+        (False,): whole,
+        (False, "squares"): whole[:1],
+        (True,): [*whole, ("orphan apart", "gpu")],
+        (True, "squares"): whole[:1],
+    }
 
 
 def test_out_is_appended_to_and_the_table_names_the_ratio(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -115,7 +172,7 @@ def test_list_names_every_benchmark_and_suite(capsys: pytest.CaptureFixture[str]
     listed = json.loads(capsys.readouterr().out)
     assert list(listed["benchmarks"]) == ["squares", "disagreeing", "orphan"]
     assert listed["benchmarks"]["squares"]["about"] == "the toy squares"
-    assert set(listed["suites"]) == {"quick", "cpu", "gpu"}
+    assert set(listed["suites"]) == {"quick", "cpu", "gpu", "full"}
     assert cli.main(["list"]) == 0
     assert "disagreeing" in capsys.readouterr().out
 

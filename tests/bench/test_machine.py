@@ -14,6 +14,8 @@ def test_the_record_names_what_decides_a_figure_and_holds_no_path():
     assert record["memory_gib"] > 0
     assert record["libraries"]["torch"]
     assert len(record["code"]["sources_xxh3"]) == 16
+    assert record["code"]["path"].endswith("/linerate")
+    assert not Path(record["code"]["path"]).is_absolute()
     text = json.dumps(record)
     assert str(Path.home()) not in text
     assert str(Path(__file__).resolve().parents[2]) not in text
@@ -69,6 +71,23 @@ def test_a_kernel_that_slowed_down_makes_the_machine_noisy():
     verdict = noise(quiet_probe(0, busy_s=0, own_s=0), quiet_probe(10, busy_s=0, own_s=0, ms=1.5))
     assert verdict["spread"] > 0.3
     assert verdict["noisy"] is True
+
+
+def test_a_gpus_clocks_and_power_are_read_behind_the_work(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def output(command: list[str]) -> str:
+        asked.append(command)
+        return "1980, 2619, 551.20"
+
+    monkeypatch.setattr("linerate.bench.machine._output", output)
+    quiet = quiet_probe(0, busy_s=0, own_s=0), quiet_probe(1, busy_s=0, own_s=0)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    assert "clocks_sm" not in noise(*quiet)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    found = noise(*quiet)
+    assert (found["clocks_sm"], found["clocks_mem"], found["power_draw"]) == ("1980", "2619", "551.20")
+    assert "--query-gpu=clocks.sm,clocks.mem,power.draw" in asked[0]
 
 
 def test_the_probe_is_timed_as_often_as_told():

@@ -18,14 +18,17 @@ from linerate.train.key_queue import KeyQueue
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
 from linerate.train.step import MoCo, train_step
 
+# Inputs and outputs of all of them, read or written once.
+STEP_BYTES = 144_790_982_896
 NUM, SIDE, DIM, KEYS, RANKS = 16, 8, 8, 4096, 8
 
 
-def test_a_step_of_resnet50_is_749_operations_and_waits_at_no_time() -> None:
+def test_a_step_of_resnet50_is_749_operations_of_so_many_bytes_and_waits_at_no_time() -> None:
     """bf16 autocast, batch 256, K 65536, one BN group: the count of `linerate bench run step`."""
     ours, _ = build_sides("resnet50", num_keys=65536, autocast=True)
     counter = _trace(ours, 256, 224)
     assert (counter.num_ops, counter.num_syncs) == (749, 0)
+    assert counter.num_bytes == STEP_BYTES
 
 
 def counted(*, ranks: int, sync_bn: bool = False, symmetric: bool = False, block: int | None = None) -> Any:

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import os
 import pickle
@@ -49,6 +50,14 @@ def test_read_gives_the_tars_bytes_and_the_index_in_the_order_asked(catalog):
     assert batch.height.tolist() == (40 + positions).tolist()
     assert batch.width.tolist() == (70 - positions).tolist()
     assert batch.label.tolist() == (positions % 3).tolist()
+
+
+def test_an_index_at_hand_is_44_bytes_a_sample(catalog):
+    """Of a rank at a billion samples this is most of the memory: a column more fails here."""
+    index = catalog.shard_index(0)
+    columns = [getattr(index, field.name) for field in dataclasses.fields(index)]
+    assert sum(column.nbytes for column in columns) == 44 * len(index)
+    assert all(column.base is None or column.base.nbytes == column.nbytes for column in columns)
 
 
 def test_the_batch_owns_its_bytes_in_one_writable_buffer(catalog):
