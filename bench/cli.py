@@ -1,4 +1,4 @@
-"""`linerate bench run|compare|list`: arguments and output only."""
+"""`linerate bench run|pipeline|compare|list`: arguments and output only."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
     """Exit code: 0 done, 1 a regression, or sides that disagree."""
     commands = {
         "run": (main_run, "measure named benchmarks against their peers"),
+        "pipeline": (main_pipeline, "where a recipe's time goes, what bounds it and what would lift it"),
         "compare": (main_compare, "hold one results file against another"),
         "list": (main_list, "name the benchmarks"),
     }
@@ -199,6 +200,13 @@ def _words(config: RunConfig) -> list[str]:
         if (value := getattr(config, name)) is not None:
             words += [f"--{name}", str(value)]
     return words
+
+
+def main_pipeline(argv: list[str]) -> int:
+    """Measure a recipe on the user's shards, stage by stage."""
+    from linerate.bench.pipeline_cli import main
+
+    return main(argv)
 
 
 def main_compare(argv: list[str]) -> int:
