@@ -6,6 +6,7 @@ A pair is one image in its two views. The loader and the step are the run's own,
 import contextlib
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,7 @@ from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
 from linerate.bench.suites.view_work import missing_backend
 from linerate.bench.timing import MIN_ROUNDS, Seconds, Side, interleave
+from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.loader import ViewLoader, open_views
 from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
@@ -39,7 +41,8 @@ def measure_pipeline(
 
     They are interleaved, so that they can be compared; the third one's ratio is to the step alone, its
     ceiling is the loader alone. Nothing of a run changes: the encoders are new ones.
-    budget_s: about how long it may take, start-up not counted; one batch a round is the least.
+    budget_s: about how long it may take, start-up not counted; one batch a round is the least, of backends
+    with workers one of each.
     """
     with contextlib.closing(Stages(config, catalog)) as stages:
         num_batches = stages.fit(budget_s, rounds)
@@ -149,21 +152,22 @@ class Stages:
         }
 
     def fit(self, budget_s: float, rounds: int, *, num_loads: int = 2, num_steps: int = 2) -> int:
-        """Batches a round, so that everything takes about budget_s.
+        """Batches a round, so that everything takes about budget_s; at least one of every worker.
 
         num_loads, num_steps: how often a round's sides load a batch, and step on one.
         """
         self.load_and_learn(1)
         self.warm_loader()
-        times = []
-        for run in (self.load, self.learn):
-            start = time.perf_counter()
-            run(1)
-            times.append(time.perf_counter() - start)
-        loader_s, step_s = times
+        start = time.perf_counter()
+        self.load(self.burst)
+        loader_s = (time.perf_counter() - start) / self.burst
+        start = time.perf_counter()
+        self.learn(1)
+        step_s = time.perf_counter() - start
         warm_s = self.num_warm * (num_loads * loader_s + step_s)
         each_s = num_loads * loader_s + num_steps * step_s
-        return max(1, round((budget_s / (rounds + 1) - warm_s) / each_s))
+        fitting = round((budget_s / (rounds + 1) - warm_s) / (each_s * self.burst))
+        return max(1, fitting) * self.burst
 
     def warm_loader(self) -> None:
         """Use up what lies ready: the clock starts as a batch comes out that was waited for."""
@@ -218,9 +222,16 @@ class Stages:
         (learner or self.learner).step(batch, step=next(self._steps), lr=self.config.optim.lr)
 
     @property
+    def burst(self) -> int:
+        """Batches that come at once: one of each worker, where each makes whole ones."""
+        speed = self.config.speed
+        in_processes = self.config.views.backend in ("torch", "webdataset")
+        return (speed.loader_threads or default_num_threads()) if in_processes else 1
+
+    @property
     def num_warm(self) -> int:
         """Batches that may lie ready, and one."""
-        return self.config.speed.prefetch + 1
+        return math.ceil(self.config.speed.prefetch / self.burst) * self.burst + 1
 
     def _endless(self) -> Generator[TwoViews, None, None]:
         for epoch in itertools.count():

@@ -1,5 +1,6 @@
 """`linerate bench pipeline` names the stage that was slowed down, whichever it is."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -215,6 +216,46 @@ def test_more_threads_and_the_jpeg_unit_are_tried_where_decoding_bounds(
     assert list(about.decode_s_by_load) == ([0.5, 0.65, 0.8, 0.9, 1.0] if on_gpu else [])
     pipeline_stages._look_around(around, Parts(), Bottleneck("step", "backward"), num=1)  # type: ignore[arg-type]
     assert len(asked) == 2 + len(about.decode_s_by_load), "nothing is tried where the step bounds"
+
+
+@pytest.mark.usefixtures("one_round", "sleep")
+def test_switches_that_hide_stages_are_off_where_stages_are_timed(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[Learner] = []
+    real = Learner.__init__
+
+    def init(self: Learner, config: TrainConfig, *args: Any, **kwargs: Any) -> None:
+        real(self, config, *args, **kwargs)
+        # On a CPU the switch would be off as it is.
+        self.switches = dataclasses.replace(self.switches, side_stream=config.speed.side_stream)
+        made.append(self)
+
+    monkeypatch.setattr(Learner, "__init__", init)
+    asked = config()
+    asked = dataclasses.replace(asked, speed=dataclasses.replace(asked.speed, side_stream=True))
+    found = measure_stages(asked, catalog, budget_s=0.0)
+    assert [learner.config.speed.side_stream for learner in made] == [True, False]
+    assert found.notes == ("the step's stages are without --cuda-graphs and --side-stream, which hide them",)
+    assert found.model.times.step_stages["key forward"] > 0
+
+
+def test_a_round_is_a_whole_turn_of_the_workers(catalog: Catalog, monkeypatch: pytest.MonkeyPatch):
+    """Batches of workers side by side come at once: a part of a turn would time what lay ready."""
+    for name in ("load", "learn", "load_and_learn"):
+        monkeypatch.setattr(pipeline.Stages, name, lambda *_: time.sleep(0.001))
+    for backend, threads, prefetch, expected in (
+        ("torch", 3, 2, (3, 4)),
+        ("torch", 3, 7, (3, 10)),
+        ("torch", 1, 2, (1, 3)),
+        ("dali", 3, 2, (1, 3)),
+    ):
+        asked = config(backend=backend)
+        speed = dataclasses.replace(asked.speed, loader_threads=threads, prefetch=prefetch)
+        with contextlib.closing(pipeline.Stages(dataclasses.replace(asked, speed=speed), catalog)) as stages:
+            assert (stages.fit(0.0, 7), stages.num_warm) == expected
+            assert stages.fit(1000.0, 7) % stages.burst == 0
+            assert stages.fit(1000.0, 7) > stages.burst
 
 
 @pytest.mark.usefixtures("one_round", "sleep")
