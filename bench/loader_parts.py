@@ -36,8 +36,11 @@ class Resident:
 class LoaderParts:
     """Does each part for as many batches as it is asked for, and goes on where it stopped."""
 
-    def __init__(self, config: TrainConfig, loader: ViewLoader, *, device: str) -> None:
-        """loader: the run's, which has given the first batches of epoch 0 and so knows their damage."""
+    def __init__(self, config: TrainConfig, loader: ViewLoader, *, device: str, start_step: int) -> None:
+        """loader: the run's, which has given the first batches of epoch 0 and so knows their damage.
+
+        start_step: where in the epoch reading by itself begins.
+        """
         backend, speed = config.views.backend, config.speed
         if backend not in DIVIDED:
             raise ValueError(f"the loader of {backend} cannot be divided; {' and '.join(DIVIDED)} can")
@@ -48,8 +51,7 @@ class LoaderParts:
         self._config = config
         self._fetch = loader.own_fetch().for_epoch(0)
         num_steps = loader.steps_per_epoch
-        # Not where the loader reads at that time: what it has read lies in the page cache.
-        self._steps = itertools.islice(itertools.cycle(range(num_steps)), num_steps // 2, None)
+        self._steps = itertools.islice(itertools.cycle(range(num_steps)), start_step, None)
         self.resident = Resident([self._fetch(step) for step in range(min(2, num_steps))])
         self.clock, spans = StageClock(device), Spans()
         self._makes = open_backend(

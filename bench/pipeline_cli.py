@@ -13,7 +13,7 @@ from rich.table import Table
 
 from linerate.pipeline.cache import open_shards
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json
+from linerate.shards.terminal import emit_json, stderr
 from linerate.train.cli import RecipeCommand, parse_recipe
 from linerate.train.plan import require_one_batch
 
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
 
     catalog = open_shards(command.shards, command)
     require_one_batch(config.optim.global_batch, num_images=catalog.num_samples)
-    found = measure_stages(config, catalog, budget_s=command.seconds, rounds=command.rounds)
+    with stderr.status(f"measuring for about {command.seconds:g} s once all is open ..."):
+        found = measure_stages(config, catalog, budget_s=command.seconds, rounds=command.rounds)
     if command.out is not None:
         for record in found.records:
             append_jsonl(command.out, record)
@@ -81,7 +82,8 @@ def main(argv: list[str]) -> int:
     if command.profile is not None:
         from linerate.bench.pipeline_profile import profile_pipeline
 
-        files = profile_pipeline(config, catalog, folder=command.profile)
+        with stderr.status("profiling some steps ..."):
+            files = profile_pipeline(config, catalog, folder=command.profile)
     if command.json:
         emit_json({**as_json(found), "profile": {what: str(path) for what, path in files.items()}})
     else:

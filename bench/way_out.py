@@ -50,9 +50,10 @@ def verdict_sentence(model: BatchModel, found: Bottleneck, about: Surroundings) 
     elif found.kind == "step":
         told = f"{stage}-bound: {now} of the loader's {loader} pairs/s"
     elif found.kind == "shared":
+        where = "the GPU" if about.on_gpu else _cores_of(about)
         told = (
-            f"{stage}-bound: {now} pairs/s, as loader ({loader}) and step ({step}) take turns on "
-            f"{about.cores} core{'s' if about.cores > 1 else ''}, and without {stage} {free}"
+            f"{stage}-bound: {now} pairs/s, as loader ({loader}) and step ({step}) take turns on {where}, "
+            f"and without {stage} {free}"
         )
     else:
         pair = [max(side, key=lambda stage: side[stage]) for side in _sides(model)]
@@ -62,6 +63,10 @@ def verdict_sentence(model: BatchModel, found: Bottleneck, about: Surroundings) 
             f"gives little; {pair[0]} and {pair[1]} in half the time would give {halved}"
         )
     return f"{told}; {way_out(model, found, about)}"
+
+
+def _cores_of(about: Surroundings, word: str = "") -> str:
+    return f"{about.cores} {word}core{'s' if about.cores > 1 else ''}"
 
 
 def _sides(model: BatchModel) -> tuple[Mapping[str, float], Mapping[str, float]]:
@@ -75,12 +80,12 @@ def way_out(model: BatchModel, found: Bottleneck, about: Surroundings) -> str:
         return _disk(model, about)
     if stage == "logging":
         return _rarer_log(model, about)
-    if found.kind == "shared":
+    if found.kind == "shared" and not about.on_gpu and stage != "to-device":
         if about.config.views.backend == "torch" and about.loader_threads == 1 < about.cores:
             return f"--loader-threads {about.cores} gives the loader processes of its own"
         # Whatever takes the turns, more cores shorten them all.
         twice = show_rate(2 * model.rate())
-        return f"{about.cores} more core{'s' if about.cores > 1 else ''} would lift it to about {twice}"
+        return f"{_cores_of(about, 'more ')} would lift it to about {twice}"
     if stage in ("decode", "augment", "loader"):
         ways = [*_loads(model, found, about), *_cores(model, found, about)]
         if ways:
@@ -163,6 +168,6 @@ def _switches(stage: str, about: Surroundings) -> str:
     if stage == "other" and on_gpu and not speed.cuda_graphs:
         ways.append("--cuda-graphs")
     if not ways:
-        return "bench pipeline --profile FOLDER shows what it is made of"
+        return "--profile FOLDER shows what it is made of"
     tuned = " (`linerate tune` times it)" if any(way.startswith(_TUNED) for way in ways) else ""
     return f"{' or '.join(ways)} may do it{tuned}"

@@ -70,7 +70,10 @@ def measure_stages(
         sides = {**stages.sides(num), "stages": Side(run=lambda: step.run(num), prepare=stages.settle)}
         parts = None
         if config.views.backend in DIVIDED:
-            parts = LoaderParts(config, stages.loader, device=stages.device)
+            # Not where the loader reads at that time: what it has read lies in the page cache. But of a cache
+            # of shards, which may have room for one window, the shards that are here.
+            start = 0 if catalog.bring else stages.loader.steps_per_epoch // 2
+            parts = LoaderParts(config, stages.loader, device=stages.device, start_step=start)
             opened.callback(parts.close)
             sides |= _part_sides(parts, stages, num)
         before = probe()

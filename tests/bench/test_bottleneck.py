@@ -159,3 +159,14 @@ def test_on_shared_cores_the_times_add_and_more_cores_shorten_both():
         "backward-bound: 38.5 pairs/s, as loader (71.4) and step (83.3) take turns on 2 cores, and without "
         "backward 71.4; 2 more cores would lift it to about 76.9"
     )
+
+
+def test_what_takes_turns_on_a_gpu_is_not_told_to_buy_cores():
+    made = times({"read": 0.1, "decode": 1.0, "augment": 0.3}, {"backward": 1.2}, side_by_side=False)
+    told = sentence(made)
+    assert "take turns on the GPU" in told
+    assert "core" not in told
+    made = times({"read": 0.1, "decode": 0.1, "to-device": 1.0}, {"backward": 0.9}, side_by_side=False)
+    told = sentence(made, on_gpu=False, cores=2)
+    assert told.startswith("to-device-bound")
+    assert "more core" not in told
