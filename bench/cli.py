@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
 
     commands = {
         "run": (main_run, "measure named benchmarks against their peers"),
+        "pipeline": (main_pipeline, "where a recipe's time goes, what bounds it and what would lift it"),
         "compare": (main_compare, "hold one results file against another"),
         "report": (main_report, "bars, ceilings, scaling, stages, history and cost; --html for a page"),
         "matrix": (main_matrix, "results of several machines in one table"),
@@ -230,6 +231,13 @@ def _words(config: RunConfig) -> list[str]:
         if (value := getattr(config, name)) is not None:
             words += [f"--{name}", str(value)]
     return words
+
+
+def main_pipeline(argv: list[str]) -> int:
+    """Measure a recipe on the user's shards, stage by stage."""
+    from linerate.bench.pipeline_cli import main
+
+    return main(argv)
 
 
 def main_compare(argv: list[str]) -> int:

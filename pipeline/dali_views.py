@@ -90,7 +90,7 @@ class DaliPixels:
                     raise _refusal(fed) from None
                 batch = fed.popleft()
                 assert isinstance(batch, EncodedBatch)
-                yield self._taken(views), origin_of(batch)
+                yield self.to_device(views), origin_of(batch)
             # Only here: after an error, or with batches on their way through it, it is not used again.
             self._idle = pipeline
         finally:
@@ -158,7 +158,8 @@ class DaliPixels:
             return {}
         return {"cuda_stream": torch.cuda.current_stream(self._device)}
 
-    def _taken(self, views: Any) -> list[Tensor]:
+    def to_device(self, views: Any) -> list[Tensor]:
+        """What the pipeline gave, as (N, 3, S, S) that torch may keep; of a CPU pipeline without a copy."""
         views = tuple(views)
         pixels = [torch.from_dlpack(one.as_tensor()).permute(0, 3, 1, 2) for one in views]
         return self._copied(pixels, owners=views) if self._device.type == "cuda" else pixels

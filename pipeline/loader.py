@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -112,7 +113,8 @@ class Loader(Generic[BatchT]):
         steps_per_epoch: int,
         num_dropped: int,
     ) -> None:
-        self._backend: Backend[BatchT] = backend
+        self.backend: Backend[BatchT] = backend
+        """What makes the views; while an epoch runs it is at work."""
         self._fetch = fetch
         self.replacements = replacements
         self.steps_per_epoch = steps_per_epoch
@@ -135,7 +137,7 @@ class Loader(Generic[BatchT]):
         while step < self.steps_per_epoch:
             steps = range(step, self.steps_per_epoch)
             try:
-                with contextlib.closing(self._backend.run(self._fetch, steps, epoch=epoch)) as batches:
+                with contextlib.closing(self.backend.run(self._fetch, steps, epoch=epoch)) as batches:
                     for views in batches:
                         self._count(views, step)
                         step += 1
@@ -145,12 +147,16 @@ class Loader(Generic[BatchT]):
             except BadSamples as error:
                 known = self.replacements.learn(error, epoch=epoch, step=step)
                 self._fetch = self._fetch.without(known)
-                if self._backend.own_order:  # it leaves them out
+                if self.backend.own_order:  # it leaves them out
                     num = len(error.position) if error.shard is None else self._rows(error.shard)
                     self._replaced(num)
 
+    def own_fetch(self) -> EpochFetch:
+        """Another reader of the epoch at hand, by shards that it opens itself; whoever asks closes it."""
+        return copy.copy(self._fetch)
+
     def _count(self, views: BatchT, step: int) -> None:
-        if self.replacements.known and not self._backend.own_order:
+        if self.replacements.known and not self.backend.own_order:
             self._replaced(int((views.position.numpy() != self._fetch.positions(step)).sum()))
 
     def _replaced(self, num: int) -> None:
@@ -160,7 +166,7 @@ class Loader(Generic[BatchT]):
         return int(self._fetch.starts[shard + 1] - self._fetch.starts[shard])
 
     def close(self) -> None:
-        self._backend.close()
+        self.backend.close()
         self._fetch.close()
 
 

@@ -73,9 +73,12 @@ class TorchPixels:
         for pixels, origin in loader:
             if isinstance(origin, BadSamples):
                 raise origin
-            moved = [one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels]
             sample_id, position, label = origin
-            yield moved, (sample_id, position, label)
+            yield self.to_device(pixels), (sample_id, position, label)
+
+    def to_device(self, pixels: list[Tensor]) -> list[Tensor]:
+        """(N, S, S, 3) of the workers as (N, 3, S, S) on the device."""
+        return [one.to(self._device, non_blocking=True).permute(0, 3, 1, 2) for one in pixels]
 
     def close(self) -> None:
         """Nothing outlives run."""

@@ -78,7 +78,8 @@ class TrainCommand(RecipeCommand):
     ranks: int | None = None
     """For --dry-run: the processes that the run would have; None: those that started this command."""
     profile: Path | None = None
-    """Switches that `linerate tune` found; flags given beside it count more."""
+    """Switches that `linerate tune` found; flags given beside it count more. A trace of where the time goes
+    is another thing: `linerate bench pipeline RECIPE --profile FOLDER`."""
 
 
 def main_train(argv: list[str]) -> int:
@@ -112,12 +113,18 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
 
 
 def parse_recipe(
-    kind: type[RecipeCommandT], argv: list[str], *, prog: str, usage: str = "--shards FOLDER --out PATH"
+    kind: type[RecipeCommandT],
+    argv: list[str],
+    *,
+    prog: str,
+    usage: str = "--shards FOLDER --out PATH",
+    tuned: str = "--profile",
 ) -> tuple[RecipeCommandT, TrainConfig]:
     """A command whose first word is a recipe and whose flags are the recipe's fields, and its config.
 
-    A --profile stands for flags before all others, so that the later ones count more. Raises UserError where
-    shards that are named do not fill a batch, or another batch comes without a decision about lr.
+    tuned: the flag that names a file of `linerate tune`. It stands for flags before all others, so that the
+    later ones count more. Raises UserError where shards that are named do not fill a batch, or another batch
+    comes without a decision about lr.
     """
     if argv and argv[0] in ("-h", "--help"):
         _print_recipes(prog, usage)
@@ -128,7 +135,7 @@ def parse_recipe(
         )
     recipe = find_recipe(argv[0]).build()
     words = argv[1:]
-    if (profile := _value_of("--profile", words)) is not None:
+    if (profile := _value_of(tuned, words)) is not None:
         words = [*load_profile(Path(profile)).flags(), *words]
     words = _one_length(_with_values(words))
     default: Any = {"config": ConfigFlags(**_fields(recipe))}

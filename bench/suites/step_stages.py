@@ -1,8 +1,6 @@
 """One MoCo step by its stages, and its largest kernels. A function of the device, as gpu_step.py."""
 
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,86 +10,32 @@ import linerate.train.step as train
 from linerate.bench.contest import Contest, Setting, timed_record
 from linerate.bench.machine import noise, probe
 from linerate.bench.record import Record
+from linerate.bench.stage_clock import OTHER, Spans, StageClock, wrap_step
 from linerate.bench.suites import step as steps
 from linerate.bench.suites.gpu_step import GROUPS, shape_of
 from linerate.bench.timing import Side, synchronize
-from linerate.train.key_queue import KeyQueue
-
-
-class StageClock:
-    """Seconds between marks, on the device's own clock where there is one."""
-
-    def __init__(self, device: str) -> None:
-        self._on_gpu = device == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-
-    def mark(self, stage: str) -> None:
-        """What began at the mark before, or at `start`, ends here and is called `stage`."""
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append((stage, event))
-        else:
-            self._marks.append((stage, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        """Stage -> seconds since the last call; stages that came twice are added."""
-        synchronize()
-        found: dict[str, float] = {}
-        for (_, before), (stage, after) in zip(self._marks, self._marks[1:], strict=False):
-            took = before.elapsed_time(after) / 1e3 if self._on_gpu else after - before
-            found[stage] = found.get(stage, 0.0) + took
-        self._marks.clear()
-        return found
 
 
 def timed_step(ours: steps.OurStep, clock: StageClock) -> Callable[[Tensor, Tensor], Tensor]:
-    """train_step itself, with a mark around each of the stages that it calls."""
-    moco = ours.moco
-
-    def around(call: Callable[..., Any], *, before: str, stage: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            clock.mark(before)
-            found = call(*args, **kwargs)
-            clock.mark(stage)
-            return found
-
-        return run
-
-    shuffle = moco.shuffle
-
-    class Shuffle:
-        rank = shuffle.rank
-        route = staticmethod(shuffle.route)
-
-        def encode_along(self, *args: Any, **kwargs: Any) -> Tensor:
-            clock.mark("set up")
-            keys = shuffle.encode_along(*args, **kwargs)
-            clock.mark("shuffle")
-            return keys
-
-    moco.shuffle = Shuffle()  # type: ignore[assignment]
-    moco.key_forward = around(moco.key_forward, before="shuffle", stage="key forward")
-    moco.query_forward = around(moco.query_forward, before="set up", stage="query forward")
-    backward, step = train._backward, ours.optimizer.step
-    ours.optimizer.step = around(step, before="backward", stage="SGD")  # type: ignore[method-assign]
-    moco.update_key_encoder = around(moco.update_key_encoder, before="SGD", stage="EMA")  # type: ignore[method-assign]
-    queue = moco.dictionary
-    assert isinstance(queue, KeyQueue)
-    queue.enqueue = around(queue.enqueue, before="EMA", stage="enqueue")  # type: ignore[method-assign]
-    marked = around(backward, before="loss", stage="backward")
+    """train_step itself, with the clock in each of the stages that it calls."""
+    spans = Spans()
+    wrap_step(spans, ours.moco, ours.optimizer)
+    spans.watchers = (clock,)
+    backward = spans.around(train._backward, "backward")
 
     def run(query_images: Tensor, key_images: Tensor) -> Tensor:
         clock.mark("start")
-        return train.train_step(
-            moco,
+        loss = train.train_step(
+            ours.moco,
             query_images,
             key_images,
             ours.optimizer,
             step=0,
             autocast=lambda: torch.autocast(query_images.device.type, torch.bfloat16),
-            backward=marked,
+            backward=backward,
         ).loss
+        clock.mark(OTHER)
+        return loss
 
     return run
 
