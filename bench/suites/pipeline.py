@@ -107,7 +107,7 @@ def bench_train(setting: Setting) -> Iterator[Record]:
 
 
 class Stages:
-    """The run's loader and learner, and views that are there already."""
+    """The run's loader and learner on this rank, and views that are there already."""
 
     def __init__(self, config: TrainConfig, catalog: Catalog) -> None:
         self.config, self.catalog = config, catalog
@@ -115,7 +115,8 @@ class Stages:
         self._open = contextlib.ExitStack()
         scratch = self._open.enter_context(tempfile.TemporaryDirectory())
         accelerator = self._open.enter_context(open_accelerator(config, run_dir=Path(scratch)))
-        self._device = accelerator.device.type
+        self._device, self._world_size = accelerator.device.type, accelerator.num_processes
+        self._rank = accelerator.process_index
         self.on_gpu = self._device == "cuda"
         self._learner = Learner(config, accelerator, num_samples=catalog.num_samples)
         self._loader = self._open_views(config.views.backend)
@@ -179,6 +180,10 @@ class Stages:
             losses.append(self._learner.read_metrics()["loss"])
         return losses
 
+    def given_up(self) -> dict[str, str]:
+        """Switches that were tried and failed, and why."""
+        return self._learner.given_up()
+
     def load_and_learn(self, num_batches: int) -> None:
         """Steps on the loader's batches, as a run does them."""
         for batch in itertools.islice(self._views, num_batches):
@@ -208,6 +213,8 @@ class Stages:
             device=self._device,
             seed=config.seed,
             global_batch=self.batch,
+            rank=self._rank,
+            world_size=self._world_size,
             num_lanes=config.lanes,
             num_threads=config.speed.loader_threads,
             prefetch=config.speed.prefetch,
