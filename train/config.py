@@ -138,7 +138,8 @@ class ShuffleBN:
     bn_group: int = 32
     """g: images that share BN statistics (the paper's is the batch of one of its GPUs)."""
     shuffle: bool = True
-    """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9)."""
+    """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9).
+    --shuffle-bn on and off say the same."""
     shuffle_block: int | None = None
     """Images among which keys change places; None: the global batch, on however many ranks it lies."""
     sync_bn: bool = False
