@@ -142,7 +142,7 @@ def parse_recipe(
 
 
 def _shuffled(words: list[str]) -> list[str]:
-    """The words, with `--shuffle-bn on` and `off`, which are the sweep's, as `--shuffle` and `--no-shuffle`."""
+    """The words, with the sweep's `--shuffle-bn on` and `off` as `--shuffle` and `--no-shuffle`."""
     if (value := _value_of("--shuffle-bn", words)) is None:
         return words
     if value not in ("on", "off"):
