@@ -78,7 +78,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "draws": Benchmark("views:bench_draws", "drawing the augmentation's parameters, as a share of `views`"),
     "ema": Benchmark("step_parts:bench_ema", "the key encoder's update of ResNet-50, 161 tensors"),
     "sgd-ema": Benchmark(
-        "sgd_ema:bench_sgd_ema", "SGD, weight decay, EMA and bf16 copies on a GPU; launches counted"
+        "sgd_ema:bench_sgd_ema",
+        "SGD, weight decay and EMA on a GPU, with and without bf16 copies; launches counted",
     ),
     "enqueue": Benchmark(
         "step_parts:bench_enqueue", "one step's keys into the queue; copies and host syncs counted"

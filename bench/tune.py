@@ -3,7 +3,8 @@
 One switch after another: each candidate is held against the best so far, interleaved, and taken only where
 the whole interval of the ratio lies above 1. Switches of the step are judged by the step on views that are
 there already, those of the loader by loader and step together; at the end all of them are held against the
-recipe's own once more, and given up where they are not faster.
+recipe's own once more, and given up where they are not faster. Under a launcher all ranks take part in every
+trial; the slowest one's time counts, and rank 0 decides.
 """
 
 from __future__ import annotations
@@ -20,20 +21,26 @@ import torch
 from linerate.bench.machine import noise, probe
 from linerate.bench.suites.pipeline import Stages
 from linerate.bench.timing import MIN_ROUNDS, Interval, Side, interleave, paired_ratio
-from linerate.pipeline.cores import usable_cores
+from linerate.bench.tune_ranks import Ranks
+from linerate.pipeline.cores import default_num_threads
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config import Speed, TrainConfig
+from linerate.train.graphs import WARM_UP_STEPS
 from linerate.train.memory import estimate_memory
 from linerate.train.memory_bank import free_bytes
+from linerate.train.switches import resolve_switches
 
 Part = Literal["step", "run"]
 
 # Losses of the first steps under a switch and without it: sums in another order, no more.
 LOSS_BOUND = 2e-3
 NUM_CHECKED_STEPS = 3
+# A recording is made and replayed only after its warm-up.
+NUM_RECORDED_STEPS = WARM_UP_STEPS + 2
 # What is gained by less is not worth a line in a profile.
 LEAST_GAIN = 1.01
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,10 @@ class Tuned:
 def candidates(
     config: TrainConfig, *, on_gpu: bool, cores: int
 ) -> Iterator[tuple[str, Part, tuple[Any, ...]]]:
-    """Each switch with the values to try besides its own, in the order in which they are tried."""
+    """Each switch with the values to try besides its own, in the order in which they are tried.
+
+    cores: those of one rank.
+    """
     speed = config.speed
     yield "channels_last", "step", (not speed.channels_last,)
     if on_gpu:
@@ -90,14 +100,18 @@ def tune(
     *,
     budget_s: float,
     rounds: int = MIN_ROUNDS,
+    ranks: Ranks = ALONE,
     on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> Tuned:
     """Try every candidate. budget_s: about how long the timing takes; start-up and compilation come on top.
 
-    Raises UserError where not even the smallest micro-batch fits the memory.
+    ranks: all call this together and find the same. Raises UserError where not even the smallest micro-batch
+    fits the memory.
     """
-    on_gpu, cores, before = torch.cuda.is_available(), usable_cores(), probe()
-    start, trials = _fitting(config, catalog, on_trial)
+    on_gpu, before = torch.cuda.is_available(), probe()
+    # What is tried where, so that nodes of different kinds try the same.
+    cores = ranks.agree(default_num_threads())
+    start, trials = _fitting(config, catalog, on_trial, ranks=ranks)
     listed = [
         (name, part, value)
         for name, part, values in candidates(start, on_gpu=on_gpu, cores=cores)
@@ -106,16 +120,16 @@ def tune(
     seconds = budget_s / (len(listed) + 1)
     best = start
     for name, part, value in listed:
-        trial = _try(best, catalog, name, value, part, budget_s=seconds, rounds=rounds)
+        trial = _try(best, catalog, name, value, part, budget_s=seconds, rounds=rounds, ranks=ranks)
         if trial.kept:
             best = _with(best, name, value)
         trials.append(trial)
         on_trial(trial)
     ratio = None
     if best == start:
-        rate, _ = _time(start, start, catalog, "run", budget_s=seconds, rounds=rounds)
+        rate, _ = _time(start, start, catalog, "run", budget_s=seconds, rounds=rounds, ranks=ranks)
     else:
-        rate, ratio = _time(best, start, catalog, "run", budget_s=seconds, rounds=rounds)
+        rate, ratio = _time(best, start, catalog, "run", budget_s=seconds, rounds=rounds, ranks=ranks)
         if ratio.low <= 1.0:
             best = start
     return Tuned(
@@ -128,16 +142,18 @@ def tune(
 
 
 def _fitting(
-    config: TrainConfig, catalog: Catalog, on_trial: Callable[[Trial], None]
+    config: TrainConfig, catalog: Catalog, on_trial: Callable[[Trial], None], *, ranks: Ranks
 ) -> tuple[TrainConfig, list[Trial]]:
     """The config with the largest micro-batch that fits the memory: by count, then by a step."""
-    batch, group = config.optim.global_batch, config.bn.bn_group
+    batch, group = config.rank_batch(ranks.world_size), config.bn.bn_group
     sizes = [batch // n for n in range(1, batch // group + 1) if batch % n == 0 and batch // n % group == 0]
     trials: list[Trial] = []
     for size in sizes:
         fitted = _with(config, "micro_batch", None if size == batch else size)
-        if (why := _overflow(fitted, catalog)) is None:
+        found = [why for why in ranks.gather(_overflow(fitted, catalog, ranks=ranks)) if why]
+        if not found:
             return fitted, trials
+        (why, *_) = found
         trials.append(Trial(name="micro_batch", value=size, part="step", ratio=None, kept=False, why=why))
         on_trial(trials[-1])
     raise UserError(
@@ -146,10 +162,12 @@ def _fitting(
     )
 
 
-def _overflow(config: TrainConfig, catalog: Catalog) -> str | None:
-    """Why a step does not fit the memory of this process; None: it does."""
-    batch, device = config.optim.global_batch, "cuda" if torch.cuda.is_available() else "cpu"
+def _overflow(config: TrainConfig, catalog: Catalog, *, ranks: Ranks) -> str | None:
+    """Why a step does not fit the memory of this rank; None: it does."""
+    batch, device = config.rank_batch(ranks.world_size), "cuda" if torch.cuda.is_available() else "cpu"
     need = estimate_memory(config, rank_batch=batch, num_samples=catalog.num_samples)["total"]
+    if device == "cpu":
+        need *= ranks.on_machine
     if need > (room := free_bytes(torch.device(device))):
         return f"needs {need / 2**30:,.1f} GiB, {room / 2**30:,.1f} are free"
     if not torch.cuda.is_available():
@@ -172,51 +190,90 @@ def _try(
     *,
     budget_s: float,
     rounds: int,
+    ranks: Ranks,
 ) -> Trial:
     """The candidate against the best so far: first that it computes the same, then how fast."""
     other = _with(best, name, value)
+    refused, ratio = None, None
     try:
-        if part == "step" and (difference := loss_difference(best, other, catalog)) > LOSS_BOUND:
-            why = f"moves the loss by {difference:.2g}: refused"
-            return Trial(name=name, value=value, part=part, ratio=None, kept=False, why=why)
-        _, ratio = _time(other, best, catalog, part, budget_s=budget_s, rounds=rounds)
+        refused = _refusal(best, other, catalog, name, part, ranks=ranks)
+        if refused is None:
+            _, ratio = _time(other, best, catalog, part, budget_s=budget_s, rounds=rounds, ranks=ranks)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return Trial(name=name, value=value, part=part, ratio=None, kept=False, why="does not fit the memory")
-    kept = ratio.low > 1.0 and ratio.median >= LEAST_GAIN
-    why = "faster: kept" if kept else "slower" if ratio.high < 1.0 else "no clear gain"
-    return Trial(name=name, value=value, part=part, ratio=ratio, kept=kept, why=why)
+        refused, ratio = "does not fit the memory", None
+    kept = ratio is not None and ratio.low > 1.0 and ratio.median >= LEAST_GAIN
+    why = "faster: kept" if kept else "slower" if ratio and ratio.high < 1.0 else "no clear gain"
+    return ranks.agree(Trial(name=name, value=value, part=part, ratio=ratio, kept=kept, why=refused or why))
 
 
-def loss_difference(a: TrainConfig, b: TrainConfig, catalog: Catalog) -> float:
-    """Largest difference of the losses of the first steps, on the same views; infinite where one is NaN."""
-    losses = []
+def _refusal(
+    best: TrainConfig, other: TrainConfig, catalog: Catalog, name: str, part: Part, *, ranks: Ranks
+) -> str | None:
+    """Why the candidate is not timed: it cannot be had here, or computes something else; None: it is."""
+    if part == "run":
+        return None
+    resolved = resolve_switches(other, world_size=ranks.world_size)
+    if name in resolved.reasons and getattr(other.speed, name) and not getattr(resolved, name):
+        return f"off: {resolved.reasons[name]}"
+    num_steps = NUM_RECORDED_STEPS if name == "cuda_graphs" else NUM_CHECKED_STEPS
+    difference, given_up = compare_losses(best, other, catalog, num_steps=num_steps)
+    if name in given_up:
+        return f"off: {given_up[name]}"
+    return f"moves the loss by {difference:.2g}: refused" if difference > LOSS_BOUND else None
+
+
+def compare_losses(
+    a: TrainConfig, b: TrainConfig, catalog: Catalog, *, num_steps: int = NUM_CHECKED_STEPS
+) -> tuple[float, dict[str, str]]:
+    """(largest difference of the losses of the first steps, switches that failed under b and why).
+
+    On the same views; the difference is infinite where a loss is NaN.
+    """
+    losses, given_up = [], {}
     for config in (a, b):
         with contextlib.closing(Stages(config, catalog)) as stages:
-            losses.append(stages.first_losses(NUM_CHECKED_STEPS))
+            losses.append(stages.first_losses(num_steps))
+            given_up = stages.given_up()
     differences = [abs(x - y) for x, y in zip(*losses, strict=True)]
-    return max(math.inf if math.isnan(d) else d for d in differences)
+    return max(math.inf if math.isnan(d) else d for d in differences), given_up
 
 
 def _time(
-    ours: TrainConfig, theirs: TrainConfig, catalog: Catalog, part: Part, *, budget_s: float, rounds: int
+    ours: TrainConfig,
+    theirs: TrainConfig,
+    catalog: Catalog,
+    part: Part,
+    *,
+    budget_s: float,
+    rounds: int,
+    ranks: Ranks,
 ) -> tuple[float, Interval]:
-    """Pairs/s of ours, and how many times as fast it is as theirs."""
+    """Pairs/s of ours over all ranks, and how many times as fast it is as theirs."""
     with (
         contextlib.closing(Stages(ours, catalog)) as mine,
         contextlib.closing(Stages(theirs, catalog)) as other,
     ):
-        num = mine.fit(budget_s / 2, rounds)
-        sides = {name: _side(stages, part, num) for name, stages in (("ours", mine), ("theirs", other))}
+        num = min(ranks.gather(mine.fit(budget_s / 2, rounds)))
+        sides = {
+            name: _side(stages, part, num, ranks) for name, stages in (("ours", mine), ("theirs", other))
+        }
         times = interleave(sides, rounds=rounds, warmup=1, min_round_s=0.0)
-        rate = num * ours.optim.global_batch / float(sorted(times["ours"])[rounds // 2])
-        return rate, paired_ratio(times["theirs"], times["ours"])
+        ours_s, theirs_s = (ranks.slowest(times[name]) for name in ("ours", "theirs"))
+        rate = num * ours.optim.global_batch / float(sorted(ours_s)[rounds // 2])
+        return rate, paired_ratio(theirs_s, ours_s)
 
 
-def _side(stages: Stages, part: Part, num: int) -> Side:
-    if part == "step":
-        return Side(run=lambda: stages.learn(num), prepare=stages.settle)
-    return Side(run=lambda: stages.load_and_learn(num), prepare=stages.warm_both)
+def _side(stages: Stages, part: Part, num: int, ranks: Ranks) -> Side:
+    run, ready = (
+        (stages.learn, stages.settle) if part == "step" else (stages.load_and_learn, stages.warm_both)
+    )
+
+    def prepare() -> None:
+        ready()
+        ranks.meet()
+
+    return Side(run=lambda: run(num), prepare=prepare)
 
 
 def _with(config: TrainConfig, name: str, value: Any) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,10 +37,11 @@ class TuneCommand(RecipeCommand):
 
 
 def main(argv: list[str]) -> int:
-    """`linerate tune RECIPE --shards OUT --out profile.json [flags of the recipe]`."""
+    """`linerate tune RECIPE --shards OUT --out profile.json [flags of the recipe]`.
+
+    Under torchrun or accelerate launch for those ranks together; rank 0 writes.
+    """
     command, config = parse_recipe(TuneCommand, argv, prog="linerate tune")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("linerate tune measures one rank; start it without torchrun or accelerate launch")
     if command.shards is None or command.out is None:
         missing = "--shards" if command.shards is None else "--out"
         raise UserError(f"{missing} is missing: linerate tune {argv[0]} --shards FOLDER --out profile.json")
@@ -50,10 +50,18 @@ def main(argv: list[str]) -> int:
 
     from linerate.bench.machine import machine
     from linerate.bench.tune import tune
+    from linerate.bench.tune_ranks import open_ranks
+    from linerate.train.launch import launch_note, parent_command
 
     catalog = open_shards(command.shards, command)
     require_one_batch(config.optim.global_batch, num_images=catalog.num_samples)
-    tuned = tune(config, catalog, budget_s=60.0 * command.minutes, on_trial=_show_trial)
+    with open_ranks(config) as ranks:
+        if note := launch_note(ranks.world_size, command=parent_command()):
+            stderr.print(f"note: {note}", highlight=False, markup=False)
+        show = _show_trial if ranks.rank == 0 else _ignore
+        tuned = tune(config, catalog, budget_s=60.0 * command.minutes, ranks=ranks, on_trial=show)
+    if ranks.rank:
+        return 0
     profile = SpeedProfile(
         speed={
             name: getattr(tuned.speed, name)
@@ -75,6 +83,10 @@ def main(argv: list[str]) -> int:
     else:
         _print_tuned(tuned, profile, out=command.out)
     return 0
+
+
+def _ignore(_: Trial) -> None:
+    """What the other ranks say of a trial."""
 
 
 def _show_trial(trial: Trial) -> None:

@@ -11,6 +11,7 @@ from linerate.pipeline.order import EpochOrder, Ints
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.shuffle_quality import measured_steps, shuffle_quality
 from linerate.shards.catalog import Catalog
+from linerate.shards.errors import show_bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def share_rows(shares: RankShares) -> list[tuple[str, str]]:
     shared = f"{shares.num_shared:,} read by more than one rank" if shares.num_shared else "each read by one"
     return [
         ("shards per rank", f"{min(shards):,} to {max(shards):,}, world size {len(shares.ranks)}; {shared}"),
-        ("bytes per rank", f"{min(num_bytes) / 1e6:,.1f} to {max(num_bytes) / 1e6:,.1f} MB, about"),
+        ("bytes per rank", f"{show_bytes(min(num_bytes))} to {show_bytes(max(num_bytes))}, about"),
     ]
 
 

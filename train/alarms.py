@@ -7,7 +7,7 @@ is an error or the watchdog's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,20 @@ class Alarms:
     def names(self) -> tuple[str, ...]:
         """The alarms that were given, in alphabetical order."""
         return tuple(sorted(self._told))
+
+    def go_on(self, log: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what the log of a run tells that goes on now: it is one run, with one set of alarms.
+
+        Waiting for data is counted anew, since the loader starts anew.
+        """
+        for line in log:
+            if line["event"] == "step":
+                self._top1 = line["pretext_top1"]
+                self._chance(line["step"], line["loss"])
+            elif line["event"] == "knn":
+                self._best_knn = max(self._best_knn, line["knn_top1"])
+            elif line["event"] == "alarm":
+                self._told.add(line["alarm"])
 
     def after_log(self, step: int, numbers: Mapping[str, float], *, steps: int) -> Iterator[Alarm]:
         """The alarms that this line of the log gives, if they are new. steps: what it is the mean of."""

@@ -137,7 +137,7 @@ def parse_recipe(
     words = argv[1:]
     if (profile := _value_of(tuned, words)) is not None:
         words = [*load_profile(Path(profile)).flags(), *words]
-    words = _one_length(_with_values(words))
+    words = _one_length(_with_values(_shuffled(words)))
     default: Any = {"config": ConfigFlags(**_fields(recipe))}
     command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
@@ -146,6 +146,20 @@ def parse_recipe(
         require_one_batch(config.optim.global_batch, num_images=num_images)
     lr_given = is_given("--lr", words)
     return command, decide_lr(config, recipe=recipe, lr_given=lr_given, scale_lr=command.scale_lr)
+
+
+def _shuffled(words: list[str]) -> list[str]:
+    """The words, with the sweep's `--shuffle-bn on` and `off` as `--shuffle` and `--no-shuffle`."""
+    if (value := _value_of("--shuffle-bn", words)) is None:
+        return words
+    if value not in ("on", "off"):
+        raise UserError(f"--shuffle-bn {value} is neither on nor off; off is the ablation, as --no-shuffle")
+    rest = [
+        word
+        for before, word in pairwise(["", *words])
+        if "--shuffle-bn" not in (before, word) and not word.startswith("--shuffle-bn=")
+    ]
+    return [*rest, "--shuffle" if value == "on" else "--no-shuffle"]
 
 
 def _with_values(words: list[str]) -> list[str]:

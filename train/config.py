@@ -1,4 +1,4 @@
-"""What one pretraining run is made of: what changes its results, `speed`, which may not, and `watch`.
+"""What one pretraining run is made of: all that changes its results, and the two parts that may not.
 
 Legend: B images in a global batch, W ranks, K keys in the dictionary, C dimensions of a key.
 Field names are unique over the whole tree, so that each is one flag: `--lr`, `--num-keys`, `--epochs`.
@@ -14,6 +14,21 @@ from typing import Literal
 from linerate.pipeline.order import default_num_lanes
 from linerate.pipeline.recipe import OneView, ViewRecipe, find_recipe
 from linerate.shards.errors import UserError
+from linerate.train.config_checks import at_least, divides
+from linerate.train.config_speed import Speed, Watch
+
+__all__ = [
+    "Dictionary",
+    "Loss",
+    "Model",
+    "Optim",
+    "Schedule",
+    "ShuffleBN",
+    "Speed",
+    "TrainConfig",
+    "Views",
+    "Watch",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +48,7 @@ class Views:
     numbers of their own, so a resumed run differs; synthetic is noise, for timing."""
 
     def __post_init__(self) -> None:
-        _at_least("size", self.size, 8)
+        at_least("size", self.size, 8)
         if self.crop_min is not None and not 0 < self.crop_min <= 1:
             raise UserError(f"crop_min={self.crop_min} is no share of an area; give one in (0, 1]")
 
@@ -64,7 +79,7 @@ class Model:
     """m: theta_k <- m theta_k + (1 - m) theta_q."""
 
     def __post_init__(self) -> None:
-        _at_least("dim", self.dim, 1)
+        at_least("dim", self.dim, 1)
         if not 0 <= self.ema_momentum < 1:
             raise UserError(
                 f"ema_momentum={self.ema_momentum} must be in [0, 1): at 1 the key encoder never learns; "
@@ -89,7 +104,7 @@ class Dictionary:
     """v <- normalize(momentum v + (1 - momentum) q): the memory bank's, on the sample's representation."""
 
     def __post_init__(self) -> None:
-        _at_least("num_keys", self.num_keys, 1)
+        at_least("num_keys", self.num_keys, 1)
         if not 0 <= self.bank_momentum < 1:
             raise UserError(
                 f"bank_momentum={self.bank_momentum} must be in [0, 1): at 1 the bank never learns; "
@@ -123,7 +138,8 @@ class ShuffleBN:
     bn_group: int = 32
     """g: images that share BN statistics (the paper's is the batch of one of its GPUs)."""
     shuffle: bool = True
-    """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9)."""
+    """Whether keys are permuted among the groups; without it the encoder cheats (paper, A.9).
+    --shuffle-bn on and off say the same."""
     shuffle_block: int | None = None
     """Images among which keys change places; None: the global batch, on however many ranks it lies."""
     sync_bn: bool = False
@@ -131,7 +147,7 @@ class ShuffleBN:
     --bn-group. Two small collectives a layer."""
 
     def __post_init__(self) -> None:
-        _at_least("bn_group", self.bn_group, 1)
+        at_least("bn_group", self.bn_group, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +168,7 @@ class Optim:
     """lars: a matrix moves by lr x this x its norm, along its gradient."""
 
     def __post_init__(self) -> None:
-        _at_least("global_batch", self.global_batch, 2)
+        at_least("global_batch", self.global_batch, 2)
         if not self.lr > 0:
             raise UserError(f"lr={self.lr} must be above 0; the paper's is 0.03 at a batch of 256")
         if not 0 <= self.sgd_momentum < 1:
@@ -192,10 +208,10 @@ class Schedule:
                 f"epochs={self.epochs} and iterations={self.iterations}: a run has exactly one length; "
                 "set the other one to None"
             )
-        _at_least("epochs", self.epochs, 1)
-        _at_least("iterations", self.iterations, 1)
-        _at_least("decay_steps", self.decay_steps, 1)
-        _at_least("warmup_epochs", self.warmup_epochs, 0)
+        at_least("epochs", self.epochs, 1)
+        at_least("iterations", self.iterations, 1)
+        at_least("decay_steps", self.decay_steps, 1)
+        at_least("warmup_epochs", self.warmup_epochs, 0)
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}; "
@@ -205,121 +221,6 @@ class Schedule:
             raise UserError(f"factor={self.factor} must be in (0, 1]; step has 0.1, exponential 0.9")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UserError(f"milestones={self.milestones} must rise from epoch to epoch, as 120 160")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Switches that may not change results beyond the bounds stated in the tests."""
-
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the encoders; auto: bf16 on a GPU, fp32 on a CPU. Master weights are always fp32. fp16
-    scales the loss, and the scaler makes the host wait for the device each step."""
-    channels_last: bool = True
-    """Whether activations lie NHWC in memory."""
-    fused_update: Literal["auto", "on", "off"] = "auto"
-    """Whether SGD and the key encoder's EMA run as one Triton kernel; auto: on a GPU."""
-    compile: Literal["off", "encoders", "step"] = "off"
-    """What torch.compile works on: the encoders, or of the whole step whatever is worth it. It takes a minute
-    or more at the start. --compile alone is encoders, --no-compile off."""
-    cuda_graphs: bool = False
-    """Whether a step's two passes are recorded once as a CUDA graph and replayed; on one GPU, not in fp16."""
-    side_stream: bool = False
-    """Whether the key forward runs beside the query forward, on a CUDA stream of its own."""
-    micro_batch: int | None = None
-    """Images of a rank that pass an encoder at once, where its batch needs too much memory; None: all."""
-    loader_threads: int | None = None
-    """Threads that decode on each rank; None: the cores divided by the ranks of this machine."""
-    prefetch: int = 2
-    """Batches that the loader prepares ahead."""
-    hw_decoder_load: float = 0.65
-    """Share of a batch that the JPEG unit of a GPU decodes, the rest its other units; nothing on a CPU."""
-
-    def __post_init__(self) -> None:
-        # Checkpoints and profiles from when there was no third choice.
-        if isinstance(self.compile, bool):
-            object.__setattr__(self, "compile", "encoders" if self.compile else "off")
-        _at_least("micro_batch", self.micro_batch, 1)
-        _at_least("loader_threads", self.loader_threads, 1)
-        _at_least("prefetch", self.prefetch, 1)
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(
-                f"hw_decoder_load={self.hw_decoder_load} is no share of a batch; give one in [0, 1], as 0.65"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What is reported and kept; nothing here changes a result."""
-
-    log_steps: int = 50
-    """Iterations between two lines of the log; the device is read then and only then."""
-    checkpoint_steps: int = 1000
-    """Iterations between two checkpoints; one more is written at the end and on a signal."""
-    keep_checkpoints: int = 3
-    """Checkpoints that stay on the disk, newest first, besides the milestones."""
-    milestone_epochs: int = 0
-    """Epochs between two checkpoints that stay for ever; 0: none do."""
-    knn_epochs: int = 0
-    """Epochs between two runs of the kNN monitor; 0: never."""
-    knn_train: str | None = None
-    """Labelled shards that the monitor votes with; None: the training shards, less a held-out share."""
-    knn_test: str | None = None
-    """Labelled shards that the monitor judges; None: the held-out share of the others."""
-    knn_test_share: float = 0.1
-    """Share of the samples that is held out where there are no test shards."""
-    knn_limit: int = 50_000
-    """Most images of each of the two sets that the monitor looks at."""
-    knn_k: int = 200
-    """k: neighbours that vote."""
-    knn_temperature: float = 0.1
-    """A neighbour's vote weighs exp(cosine / temperature)."""
-    knn_features: Literal["backbone", "projection"] = "backbone"
-    """What is compared: the pooled features, or the C-dimensional queries."""
-    trackers: tuple[str, ...] = ()
-    """Accelerate's trackers besides log.jsonl: tensorboard, wandb, or both."""
-    bad_share: float = 0.001
-    """Share of an epoch's samples that a rank may replace by neighbours as damaged; 0: none."""
-    alarm_steps: int = 1000
-    """Steps for which the loss must stay at chance, and before features may be judged, for an alarm."""
-    alarm_chance_share: float = 0.01
-    """A loss no further than this share from ln(K+1) is at chance."""
-    alarm_feature_std: float = 0.02
-    """The features' std over the batch below which they have collapsed; 1: spread evenly, 0: all the same."""
-    alarm_top1: float = 0.99
-    """Pretext accuracy above which a falling kNN means that BN gives the keys away."""
-    alarm_knn_fall: float = 0.01
-    """How far below its best kNN must lie to be falling."""
-    alarm_turnover: float = 0.5
-    """Share of the keys due to change that must have changed."""
-    alarm_data_wait: float = 0.1
-    """Share of the time that a run may wait for batches."""
-    stall_seconds: float = 900.0
-    """A rank that gets no batch for so long writes its stacks and ends with exit code 75; 0: it waits."""
-
-    def __post_init__(self) -> None:
-        shares = ("chance_share", "feature_std", "top1", "knn_fall", "turnover", "data_wait")
-        for name in (f"alarm_{share}" for share in shares):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} is no share; give one in [0, 1]")
-        for name in (
-            "log_steps",
-            "checkpoint_steps",
-            "keep_checkpoints",
-            "knn_k",
-            "knn_limit",
-            "alarm_steps",
-        ):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("knn_epochs", "milestone_epochs"):
-            _at_least(name, getattr(self, name), 0)
-        if not 0 <= self.bad_share < 1:
-            raise UserError(f"bad_share={self.bad_share} is no share of the samples; give one in [0, 1)")
-        if self.stall_seconds < 0:
-            raise UserError(f"stall_seconds={self.stall_seconds} must not be negative; 0 waits for ever")
-        if not 0 < self.knn_test_share < 1:
-            raise UserError(f"knn_test_share={self.knn_test_share} must lie between 0 and 1, as 0.1")
-        if not self.knn_temperature > 0:
-            raise UserError(f"knn_temperature={self.knn_temperature} must be above 0, as 0.07 or 0.1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,18 +251,18 @@ class TrainConfig:
                 f"shuffle={self.bn.shuffle} have them in groups: give --bn-group {batch} --no-shuffle with "
                 "it, or --no-sync-bn"
             )
-        _divides("bn_group", group, "global_batch", batch)
+        divides("bn_group", group, "global_batch", batch)
         if self.bn.shuffle:
-            _divides("shuffle_block", block, "global_batch", batch)
-            _divides("bn_group", group, "shuffle_block", block)
+            divides("shuffle_block", block, "global_batch", batch)
+            divides("bn_group", group, "shuffle_block", block)
             if block < 2 * group:
                 raise UserError(
                     f"shuffle_block={block} holds one BN group (bn_group={group}): keys cannot change it; "
                     f"give a bn_group of at most {block // 2}, or --no-shuffle for the ablation"
                 )
         if self.num_lanes is not None:
-            _at_least("num_lanes", self.num_lanes, 1)
-            _divides("num_lanes", self.num_lanes, "global_batch", batch)
+            at_least("num_lanes", self.num_lanes, 1)
+            divides("num_lanes", self.num_lanes, "global_batch", batch)
         if self.loss.symmetric and self.dictionary.dictionary == "memory-bank":
             raise UserError(
                 "symmetric=True needs keys of both views, and a memory bank encodes none; "
@@ -437,7 +338,7 @@ class TrainConfig:
         if world_size in fits:
             rank_batch = self.optim.global_batch // world_size
             if self.speed.micro_batch is not None:
-                _divides("micro_batch", self.speed.micro_batch, "the batch of a rank", rank_batch)
+                divides("micro_batch", self.speed.micro_batch, "the batch of a rank", rank_batch)
             return rank_batch
         below = [w for w in fits if w < world_size][-1:]
         above = [w for w in fits if w > world_size][:1]
@@ -454,20 +355,3 @@ class TrainConfig:
             and (self.bn.sync_bn or (batch // world_size) % self.bn.bn_group == 0)
             and self.lanes % world_size == 0
         )
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{name}={value} is too small; the least is {least}")
-
-
-def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
-    if 1 <= part <= whole and whole % part == 0:
-        return
-    fits = [d for d in range(1, whole + 1) if whole % d == 0]
-    below = [d for d in fits if d < part][-1:]
-    above = [d for d in fits if d > part][:1]
-    raise UserError(
-        f"{name}={part} does not divide {whole_name}={whole}; "
-        f"the nearest that do: {', '.join(map(str, below + above))}"
-    )

@@ -68,7 +68,8 @@ def plain_line(event: Event) -> str:
 
 def switch_lines(event: Event) -> list[str]:
     """What the start of a run tells of its speed switches, each in at most 80 columns."""
-    return [f"{name} {state}" for name, state in event.get("switches", {}).items()]
+    switches = event.get("switches", {}) if event["event"] == "start" else {}
+    return [f"{name} {state}" for name, state in switches.items()]
 
 
 def percent(share: float, *, digits: int = 1) -> str:

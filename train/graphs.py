@@ -8,7 +8,6 @@ they are, on the stream of the recording, so that libraries and the compiler mak
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,7 +18,6 @@ from linerate.train.shuffle_bn import Route
 from linerate.train.step import Gradients, StepInputs
 
 WARM_UP_STEPS = 3
-_log = logging.getLogger("linerate")
 
 
 class Recorder(Protocol):
@@ -87,8 +85,8 @@ class RecordedPasses:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.given_up = f"the recording failed: {str(error).splitlines()[0]}"
-                _log.warning("cuda_graphs off: %s", self.given_up)
+                reason, _, _ = str(error).partition("\n")
+                self.given_up = f"the recording failed: {reason}"
                 self._buffers = None
                 return compute(inputs)
         else:

@@ -155,7 +155,7 @@ def launch_note(world_size: int, *, command: list[str]) -> str | None:
         if flag in ("--num_processes", "--num-processes") and value.isdigit() and int(value) > 1:
             return (
                 f"accelerate launch was asked for {value} processes and started one, as it does on CPUs; "
-                f"torchrun --nproc-per-node {value} -m linerate train ... does"
+                f"torchrun --nproc-per-node {value} -m linerate ... does"
             )
     return None
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train import kernels
 from linerate.train.alarms import Vitals
 from linerate.train.checkpoint import Checkpoint, TrainedOn
 from linerate.train.compiled import compile_step, set_lr
@@ -141,6 +142,21 @@ class Learner:
         )
         self._sums += torch.stack((metrics.loss, metrics.top1, metrics.top5))
         self._num_summed += 1
+
+    def given_up(self) -> dict[str, str]:
+        """Switches that are off after all, and why: they were tried and failed."""
+        found = {}
+        if self.recorded is not None and self.recorded.given_up is not None:
+            found["cuda_graphs"] = self.recorded.given_up
+        for kernel, switch in (("infonce", "kernels"), ("sgd_ema", "fused_update")):
+            if kernel in kernels.given_up and getattr(self.switches, switch):
+                found[switch] = f"the kernel {kernel} failed: {kernels.given_up[kernel]}"
+        return found
+
+    def switch_words(self) -> dict[str, str]:
+        """Each switch with its state as it stands now, as `off: no CUDA device`."""
+        failed = {name: f"off: {why}" for name, why in self.given_up().items()}
+        return self.switches.words() | failed
 
     def read_metrics(self, *, replaced: int = 0) -> dict[str, float]:
         """Means over the steps since the last call and over all ranks.

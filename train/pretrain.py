@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from linerate.pipeline.two_views import TwoViews
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.agreement import Agreement, relay_stops
-from linerate.train.alarms import Alarm, Alarms
 from linerate.train.checkpoint import Checkpoint, TrainedOn, save_checkpoint
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.features import Encode
@@ -40,48 +38,13 @@ from linerate.train.launch import (
 from linerate.train.learner import Learner
 from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
-from linerate.train.run_folder import Damage, RunFolder
+from linerate.train.report import OnEvent, Report, Summary
+from linerate.train.run_folder import RunFolder
 from linerate.train.schedules import ema_momentum_at, lr_at, total_steps
 from linerate.train.stop import LEAVE_S, StopRequest, stop_on_signals
 from linerate.train.watchdog import Watchdog
 
-OnEvent = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Where a run stands when pretrain() returns."""
-
-    step: int
-    """Steps done."""
-    total_steps: int
-    """Steps of the whole run."""
-    images: int
-    """Images seen."""
-    world_size: int
-    """Ranks that took part in this part of the run."""
-    loss: float | None
-    """Mean InfoNCE of the last logged steps; None: nothing was logged."""
-    pretext_top1: float | None
-    """Share of queries that found their key, of the same steps."""
-    knn_top1: float | None
-    """The monitor's last figure; None: it did not run."""
-    alarms: tuple[str, ...]
-    """Names of the alarms that were given, as collapse."""
-    stopped_by: str | None
-    """The signal that ended it early, as SIGINT; None: it is finished."""
-    checkpoint: str
-    """The last checkpoint."""
-    replaced: int
-    """Samples that had to be replaced by neighbours, on all ranks, over the whole run."""
-    damage: tuple[Damage, ...]
-    """Why: what was found bad, by shard and reason."""
-    bad_sample_logs: tuple[str, ...]
-    """The files that name every one of them."""
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.total_steps
+__all__ = ["OnEvent", "Summary", "pretrain"]
 
 
 def pretrain(
@@ -176,7 +139,8 @@ def _open_run(
         start_trackers(accelerator, config, run_dir=folder.root, done_steps=done_steps)
     alone = launch_note(accelerator.num_processes, command=parent_command())
     trained_on = TrainedOn.of(catalog)
-    run = _Run(config, folder, accelerator, stop, loader, learner, monitor, on_event, trained_on=trained_on)
+    report = Report(config, folder, accelerator, on_event)
+    run = _Run(config, folder, accelerator, stop, loader, learner, monitor, report, trained_on=trained_on)
     idle = [f"does nothing here: {fields}" for fields in config.idle_fields()]
     run.begin(checkpoint, notes=[*notes, *idle, *(note for note in (reason, alone) if note)])
     return run
@@ -194,13 +158,13 @@ class _Run:
         loader: ViewLoader,
         learner: Learner,
         monitor: KnnMonitor | None,
-        on_event: OnEvent | None,
+        report: Report,
         *,
         trained_on: TrainedOn,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.loader, self.learner, self.monitor = loader, learner, monitor
-        self.on_event, self.trained_on = on_event, trained_on
+        self.report, self.trained_on = report, trained_on
         self.stop, self.agreement = stop, Agreement(stop, world_size=accelerator.num_processes)
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = total_steps(config.schedule, steps_per_epoch=loader.steps_per_epoch)
@@ -208,15 +172,8 @@ class _Run:
         self.saved_step = -1
         self.saved: Path | None = None
         self.stopped_by: signal.Signals | None = None
-        self.last: dict[str, float] = {}
         self.replaced_before = 0
         self.watch = Stopwatch()
-        self.alarms = Alarms(
-            config.watch,
-            chance_loss=config.chance_loss,
-            global_batch=config.optim.global_batch,
-            num_keys=config.dictionary.num_keys,
-        )
         self.watchdog = Watchdog(
             config.watch.stall_seconds,
             where=self._where,
@@ -229,8 +186,8 @@ class _Run:
             self.step = self.logged_step = self.saved_step = checkpoint.step
             self.saved = self.folder.checkpoint_path(checkpoint.step)
             notes = [*notes, f"continuing after step {self.step:,}"]
-            logged = self.folder.load_log()
-            self.replaced_before = logged[-1].get("replaced", 0) if logged else 0
+            self.report.go_on(self.folder.load_log_until(self.step))
+            self.replaced_before = int(self.report.last.get("replaced", 0))
         self._emit(
             "start",
             total_steps=self.total_steps,
@@ -241,7 +198,7 @@ class _Run:
             device=describe_device(self.accelerator, self.config.speed),
             loader_threads=loader_threads(self.config.speed),
             usable_cores=usable_cores(),
-            switches=self.learner.switches.words(),
+            switches=self.learner.switch_words(),
         )
         for note in notes:
             self._emit("note", text=note)
@@ -252,7 +209,7 @@ class _Run:
         with self.watchdog:
             self._train()
         self._save()
-        self._emit("end", finished=self.step >= self.total_steps)
+        self._emit("end", finished=self.step >= self.total_steps, switches=self.learner.switch_words())
 
     def _train(self) -> None:
         while not self._over():
@@ -293,19 +250,20 @@ class _Run:
 
     def summary(self) -> Summary:
         """Where the run stands now."""
-        finished = self.step >= self.total_steps
+        finished, last = self.step >= self.total_steps, self.report.last
         return Summary(
             step=self.step,
             total_steps=self.total_steps,
             images=self.step * self.config.optim.global_batch,
             world_size=self.accelerator.num_processes,
-            loss=self.last.get("loss"),
-            pretext_top1=self.last.get("pretext_top1"),
-            knn_top1=self.last.get("knn_top1"),
-            alarms=self.alarms.names,
+            loss=last.get("loss"),
+            pretext_top1=last.get("pretext_top1"),
+            knn_top1=last.get("knn_top1"),
+            alarms=self.report.alarms,
+            given_up=tuple(self.report.given_up),
             stopped_by=None if finished or self.stopped_by is None else self.stopped_by.name,
             checkpoint=str(self.saved),
-            replaced=int(self.last.get("replaced", self.replaced_before)),
+            replaced=int(last.get("replaced", 0)),
             damage=tuple(self.folder.damage()),
             bad_sample_logs=tuple(map(str, self.folder.bad_sample_logs())),
         )
@@ -327,6 +285,7 @@ class _Run:
 
     def _after_step(self, epoch: int, lr: float) -> None:
         """What is due after the step just done, in this order: log, kNN, checkpoint."""
+        self.report.tell_given_up(self.step, self.learner.given_up())
         watch = self.config.watch
         last = self.step >= self.total_steps
         if last or self.step % watch.log_steps == 0:
@@ -352,14 +311,9 @@ class _Run:
         self.logged_step = self.step
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")
-        self.last |= means
         left_s = (self.total_steps - self.step) * self.config.optim.global_batch / speed["images_per_s"]
-        self._emit("step", epoch=epoch, total_steps=self.total_steps, lr=lr, left_s=left_s, **means, **speed)
-        self._alarm(self.alarms.after_log(self.step, means | speed, steps=steps))
-
-    def _alarm(self, found: Iterable[Alarm]) -> None:
-        for alarm in found:
-            self._emit("alarm", alarm=alarm.name, text=alarm.text, fatal=False)
+        about = {"epoch": epoch, "total_steps": self.total_steps, "lr": lr, "left_s": left_s}
+        self.report.tell_steps(self.step, means, steps=steps, **about, **speed)
 
     def _diverged(self, what: str) -> UserError:
         """The alarm that ends a run, with exit code 2."""
@@ -378,9 +332,7 @@ class _Run:
                 try:
                     with self.learner.encoding(self.config.watch.knn_features) as encode:
                         found = monitor.judge(self._unless_stopped(encode))
-                    self.last["knn_top1"] = found["knn_top1"]
-                    self._emit("knn", epoch=epochs_done, **found)
-                    self._alarm(self.alarms.after_knn(found["knn_top1"]))
+                    self.report.tell_knn(self.step, found, epoch=epochs_done)
                 except UserError as error:
                     self._emit("note", text=f"no kNN after epoch {epochs_done}: {error}")
             self.accelerator.wait_for_everyone()
@@ -422,12 +374,4 @@ class _Run:
         return f"rank {rank} after step {self.step:,} (epoch {epoch}, step {step:,} of it)"
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        event = {"event": kind, "step": self.step, **fields}
-        self.folder.append(event)
-        if self.config.watch.trackers and kind in ("step", "knn"):
-            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
-            self.accelerator.log(numbers, step=self.step)
-        if self.on_event is not None:
-            self.on_event(event)
+        self.report.emit(kind, step=self.step, **fields)

@@ -112,7 +112,7 @@ class RunFolder:
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_config(config, self.config)
-        kept = [line for line in self._log_lines() if line["step"] <= done_steps]
+        kept = self.load_log_until(done_steps)
         temporary = self.log.with_name(".log.jsonl")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.log)
@@ -158,6 +158,10 @@ class RunFolder:
     def load_log(self, kind: str = "step") -> list[dict[str, Any]]:
         """The log's lines of one kind (step, knn, ...), oldest first."""
         return [line for line in self._log_lines() if line["event"] == kind]
+
+    def load_log_until(self, done_steps: int) -> list[dict[str, Any]]:
+        """The log's lines of the steps that are done, oldest first."""
+        return [line for line in self._log_lines() if line["step"] <= done_steps]
 
     def _log_lines(self) -> list[dict[str, Any]]:
         return _json_lines(self.log) if self.log.exists() else []

@@ -30,7 +30,7 @@ class SpeedProfile:
     speed: dict[str, Any]
     """Fields of config.Speed that differ from the recipe's."""
     made_for: dict[str, Any]
-    """What the time of a step follows from: encoder, size, batch, backend, device, cores."""
+    """What the time of a step follows from: encoder, size, batch, backend, device, cores, ranks."""
     report: dict[str, Any] = field(default_factory=dict)
     """How the switches were found; for people."""
 
@@ -118,4 +118,5 @@ def made_for(config: TrainConfig) -> dict[str, Any]:
         "precision": config.speed.precision,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cores": usable_cores(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
     }

@@ -99,7 +99,7 @@ def _required(command: SweepCommand, *, recipe: str) -> tuple[Over, str, Path]:
 
 def _require_no_contradiction(command: SweepCommand, over: Over, *, words: Sequence[str]) -> None:
     flag = SWEPT_FIELD[over].replace("_", "-")
-    for name in (f"--{flag}", f"--no-{flag}"):
+    for name in dict.fromkeys((f"--{flag}", f"--no-{flag}", f"--{over}")):
         if is_given(name, list(words)):
             raise UserError(f"--over {over} gives every cell its own {name}; choose them by --values")
     if command.seeds and is_given("--seed", list(words)):

@@ -127,7 +127,7 @@ def bench_train(setting: Setting) -> Iterator[Record]:
 
 
 class Stages:
-    """The run's loader and learner, and views that are there already."""
+    """The run's loader and learner on this rank, and views that are there already."""
 
     def __init__(self, config: TrainConfig, catalog: Catalog) -> None:
         self.config, self.catalog = config, catalog
@@ -137,6 +137,7 @@ class Stages:
         self.scratch = Path(scratch)
         self.accelerator = self._open.enter_context(open_accelerator(config, run_dir=self.scratch))
         self.device = self.accelerator.device.type
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.on_gpu = self.device == "cuda"
         self.learner = Learner(config, self.accelerator, num_samples=catalog.num_samples)
         self.loader = self._open_views(config.views.backend)
@@ -213,6 +214,10 @@ class Stages:
             losses.append(self.learner.read_metrics()["loss"])
         return losses
 
+    def given_up(self) -> dict[str, str]:
+        """Switches that were tried and failed, and why."""
+        return self.learner.given_up()
+
     def load_and_learn(self, num_batches: int) -> None:
         """Steps on the loader's batches, as a run does them."""
         for batch in itertools.islice(self._views, num_batches):
@@ -256,6 +261,8 @@ class Stages:
             device=self.device,
             seed=config.seed,
             global_batch=self.batch,
+            rank=self._rank,
+            world_size=self._world_size,
             num_lanes=config.lanes,
             num_threads=config.speed.loader_threads,
             prefetch=config.speed.prefetch,

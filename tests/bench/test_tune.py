@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +18,16 @@ from PIL import Image
 
 from linerate.bench import tune as tuning
 from linerate.bench.timing import Interval
-from linerate.bench.tune import Trial, candidates, loss_difference, tune
+from linerate.bench.tune import Trial, candidates, compare_losses, tune
 from linerate.bench.tune_cli import main
+from linerate.bench.tune_ranks import Ranks
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.pack import pack
 from linerate.train.config import Dictionary, TrainConfig
 from linerate.train.recipes import find_recipe
 from linerate.train.speed_profile import load_profile
+from linerate.train.switches import resolve_switches
 
 FLAGS = ["--global-batch", "16", "--lr", "0.01", "--bn-group", "8", "--encoder", "tiny-resnet-w4"]
 
@@ -63,8 +69,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[TrainConfig], 
             return 16 / seconds(ours), Interval(ratio, 0.98 * ratio, 1.02 * ratio)
 
         monkeypatch.setattr(tuning, "_time", time)
-        monkeypatch.setattr(tuning, "loss_difference", lambda *_: 0.0)
-        monkeypatch.setattr(tuning, "usable_cores", lambda: 8)
+        monkeypatch.setattr(tuning, "compare_losses", lambda *_, **__: (0.0, {}))
+        monkeypatch.setattr(tuning, "default_num_threads", lambda: 8)
 
     return install
 
@@ -108,7 +114,7 @@ def test_switches_that_lose_together_are_given_up(catalog: Catalog, clock: Any, 
 
 def test_a_switch_that_moves_the_loss_is_refused(catalog: Catalog, clock: Any, monkeypatch: Any):
     clock(lambda c: 1.0 if c.speed.channels_last else 0.1)
-    monkeypatch.setattr(tuning, "loss_difference", lambda *_: 0.5)
+    monkeypatch.setattr(tuning, "compare_losses", lambda *_, **__: (0.5, {}))
     found = tune(config(), catalog, budget_s=1.0)
     assert found.speed.channels_last
     assert "moves the loss by 0.5" in found.trials[0].why
@@ -138,7 +144,7 @@ def test_every_dictionary_is_tuned(catalog: Catalog, clock: Any, kind: Any):
     clock(lambda c: 1.0)
     other = dataclasses.replace(config(), dictionary=Dictionary(dictionary=kind, num_keys=32))
     assert tune(other, catalog, budget_s=1.0).speed == other.speed
-    assert loss_difference(other, other, catalog) == 0.0
+    assert compare_losses(other, other, catalog) == (0.0, {})
 
 
 def test_switches_of_a_gpu_are_tried_on_one_alone():
@@ -151,9 +157,9 @@ def test_switches_of_a_gpu_are_tried_on_one_alone():
 
 
 def test_two_runs_of_one_config_have_the_same_losses_and_nan_is_far(catalog: Catalog):
-    assert loss_difference(config(), config(prefetch=3), catalog) == 0.0
+    assert compare_losses(config(), config(prefetch=3), catalog) == (0.0, {})
     broken = dataclasses.replace(config(), optim=dataclasses.replace(config().optim, lr=1e30))
-    assert loss_difference(config(), broken, catalog) == math.inf
+    assert compare_losses(config(), broken, catalog)[0] == math.inf
 
 
 def test_the_command_writes_a_profile_that_train_takes(
@@ -191,12 +197,111 @@ def test_wrong_words_are_one_line(catalog: Catalog, words: list[str], said: str)
         main([*(str(catalog.root) if word == "S" else word for word in words), *(FLAGS if words else [])])
 
 
-def test_tuning_under_a_launcher_or_into_a_folder_is_refused(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_tuning_into_a_folder_is_refused(catalog: Catalog, tmp_path: Path):
     words = ["demo", "--shards", str(catalog.root), *FLAGS]
     with pytest.raises(UserError, match="is a folder"):
         main([*words, "--out", str(tmp_path)])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one rank"):
-        main([*words, "--out", str(tmp_path / "p.json")])
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside(Ranks):
+    """Rank 0 of two; the other one tells what `other` makes of this one's value."""
+
+    other: Callable[[Any], Any] = lambda value: value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other(value)]
+
+
+def test_the_slowest_rank_decides_round_by_round():
+    ours, others = np.array([1.0, 5.0, 1.0]), np.array([2.0, 2.0, 2.0])
+    assert Beside(other=lambda _: others).slowest(ours).tolist() == [2.0, 5.0, 2.0]
+    assert Ranks().slowest(ours).tolist() == ours.tolist()
+
+
+def test_a_switch_that_slows_another_rank_down_is_not_taken(catalog: Catalog, monkeypatch: Any):
+    class Idle:
+        warm_both = settle = close = lambda self: None
+        learn = load_and_learn = lambda self, num: None
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def fit(self, *_: Any) -> int:
+            return 1
+
+    def interleave(sides: Any, **_: Any) -> dict[str, Any]:
+        # Here prefetch=1 halves the time; on the other rank it doubles it.
+        return {"ours": np.full(7, 1.0), "theirs": np.full(7, 2.0)}
+
+    def other(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return np.full(7, 4.0 if value[0] == 1.0 else 2.0)
+        return value
+
+    few = (("prefetch", "run", (1,)),)
+    monkeypatch.setattr(tuning, "Stages", Idle)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: iter(few))
+    monkeypatch.setattr(tuning, "interleave", interleave)
+    assert tune(config(), catalog, budget_s=0.0).speed.prefetch == 1
+    found = tune(config(), catalog, budget_s=0.0, ranks=Beside(other=other))
+    assert found.trials[0].ratio == Interval(0.5, 0.5, 0.5)
+    assert (found.trials[0].why, found.speed.prefetch) == ("slower", 2)
+
+
+def test_a_micro_batch_must_fit_on_every_rank_and_in_the_memory_that_they_share(
+    catalog: Catalog, clock: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def need(c: TrainConfig, *, rank_batch: int, num_samples: int) -> dict[str, int]:
+        return {"total": 100 * (c.speed.micro_batch or rank_batch)}
+
+    clock(lambda c: 1.0)
+    monkeypatch.setattr(tuning, "estimate_memory", need)
+    monkeypatch.setattr(tuning, "free_bytes", lambda device: 1000)
+    small = dataclasses.replace(config(), bn=dataclasses.replace(config().bn, bn_group=2))
+    assert tune(small, catalog, budget_s=1.0, ranks=Beside(0, 2)).speed.micro_batch is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tune(small, catalog, budget_s=1.0, ranks=Beside(0, 2)).speed.micro_batch == 4
+    refused = iter(["needs more"])
+    fuller = Beside(0, 2, other=lambda value: next(refused, None) if value is None else value)
+    found = tune(small, catalog, budget_s=1.0, ranks=fuller)
+    assert [trial.why for trial in found.trials if trial.name == "micro_batch"][-1] == "needs more"
+    assert found.speed.micro_batch == 2
+
+
+def test_a_switch_that_cannot_be_had_or_fails_is_not_timed(
+    catalog: Catalog, clock: Any, monkeypatch: pytest.MonkeyPatch
+):
+    clock(lambda c: 0.1 if c.speed.cuda_graphs else 1.0)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: iter([("cuda_graphs", "step", (True,))]))
+    (trial,) = tune(config(), catalog, budget_s=1.0).trials
+    assert (trial.kept, trial.ratio, trial.why) == (False, None, "off: no CUDA device")
+    on = dataclasses.replace(resolve_switches(config(), world_size=1), cuda_graphs=True, reasons={})
+    monkeypatch.setattr(tuning, "resolve_switches", lambda *_, **__: on)
+    failed = (0.0, {"cuda_graphs": "the recording failed: no"})
+    monkeypatch.setattr(tuning, "compare_losses", lambda *_, **__: failed)
+    (trial,) = tune(config(), catalog, budget_s=1.0).trials
+    assert (trial.kept, trial.ratio, trial.why) == (False, None, "off: the recording failed: no")
+
+
+def test_two_ranks_tune_together_and_find_the_same(catalog: Catalog, tmp_path: Path):
+    out = tmp_path / "profile.json"
+    words = ["demo", "--shards", str(catalog.root), "--out", str(out), "--minutes", "0.001", *FLAGS]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    worker = Path(__file__).with_name("tune_worker.py")
+    small = ["--backend", "torch", "--size", "8", "--prefetch", "1", "--num-keys", "32"]
+    command = [sys.executable, str(worker), str(port), str(tmp_path), *words, *small]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first["found"] == second["found"]
+    assert first["steps"] == second["steps"] > 0
+    assert [(trial["name"], bool(trial["ratio"])) for trial in first["found"]["trials"]] == [
+        ("channels_last", True)
+    ]
+    assert (second["said"], str(out) in first["said"]) == ("", True)
+    profile = load_profile(out)
+    assert (profile.made_for["ranks"], profile.report["pairs_per_s"]) == (2, first["found"]["pairs_per_s"])
+    assert done.stderr.count("channels_last = False") == 1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,56 @@ def test_a_run_without_shuffling_whose_knn_falls_gives_alarm_above_the_limit_of_
     shares = [line["knn_top1"] for line in RunFolder(tmp_path).load_log("knn")]
     assert min(now - max(shares[:n]) for n, now in enumerate(shares) if n) < -0.01, shares
     assert summary.alarms == ("bn-cheating",)
+
+
+def test_a_run_that_is_resumed_gives_the_alarms_of_one_without_a_break_once() -> None:
+    lines: list[dict[str, Any]] = [{"event": "start", "step": 0}]
+    for step in range(2, 32, 2):
+        loss = math.log(101) if step > 8 else 2.0
+        lines.append({"event": "step", "step": step, **HEALTHY, "loss": loss, "pretext_top1": 0.995})
+        lines.append({"event": "knn", "step": step, "knn_top1": 0.5 - abs(step - 12) / 100})
+
+    def told(alarms: Alarms, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        events = []
+        for line in lines:
+            events.append(line)
+            found = alarms.after_knn(line["knn_top1"]) if line["event"] == "knn" else iter(())
+            if line["event"] == "step":
+                found = alarms.after_log(line["step"], line, steps=2)
+            events += [{"event": "alarm", "step": line["step"], "alarm": alarm.name} for alarm in found]
+        return events
+
+    whole = told(_alarms(), lines)
+    given = {line["alarm"]: line["step"] for line in whole if line["event"] == "alarm"}
+    assert given == {"bn-cheating": 14, "chance-loss": 20}
+    for cut in range(0, 32, 2):
+        log = told(_alarms(), [line for line in lines if line["step"] <= cut])
+        resumed = _alarms()
+        resumed.go_on(log)
+        assert [*log, *told(resumed, [line for line in lines if line["step"] > cut])] == whole
+        assert resumed.names == ("bn-cheating", "chance-loss")
+
+
+def test_alarms_are_those_of_the_whole_run_after_a_stop_and_of_the_checkpoint_after_a_loss(
+    shards: Catalog, tmp_path: Path
+) -> None:
+    def stop_at_six(event: Any) -> None:
+        if event["event"] == "step" and event["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # Every loss is within all of chance: the alarm is due eight steps after the first.
+    config = _watched(small(checkpoint_steps=4), alarm_steps=8, alarm_chance_share=1.0)
+    first = pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=stop_at_six)
+    assert (first.stopped_by, first.alarms) == ("SIGTERM", ())
+    second = pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    assert (second.alarms, _names(tmp_path)) == (("chance-loss",), ["chance-loss"])
+    assert RunFolder(tmp_path).load_log("alarm")[0]["step"] == 9
+    again = pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    assert (again.alarms, _names(tmp_path)) == (("chance-loss",), ["chance-loss"])
+    # Back to step 8, before it was given: the steps are done again, and so is the alarm.
+    (tmp_path / "checkpoints" / "step-000000012.pt").write_bytes(b"")
+    last = pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
+    assert (last.alarms, _names(tmp_path)) == (("chance-loss",), ["chance-loss"])
 
 
 def test_a_certain_pretext_gives_alarm_only_while_knn_falls() -> None:

@@ -8,6 +8,7 @@ from tests.train.small import SMALL
 
 from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
+from linerate.shards.errors import UserError
 from linerate.train.cli import damage_rows, parse_train
 from linerate.train.pretrain import pretrain
 from linerate.train.recipes import RECIPES
@@ -44,6 +45,14 @@ def test_flags_change_the_recipes_fields() -> None:
     assert (config.recipe, config.seed, config.schedule.iterations) == ("cifar10", 3, 9)
     assert (config.bn.shuffle, config.speed.precision, config.watch.knn_test) == (False, "bf16", "T")
     assert config.model == RECIPES["cifar10"].build().model
+
+
+def test_shuffle_bn_is_switched_by_the_name_that_the_paper_has_for_it() -> None:
+    for words, on in (("--shuffle-bn off", False), ("--shuffle-bn=on", True), ("--shuffle-bn=off", False)):
+        _, config = parse_train(["cifar10", *words.split(), "--seed", "5"])
+        assert (config.bn.shuffle, config.seed) == (on, 5)
+    with pytest.raises(UserError, match="--shuffle-bn no is neither on nor off"):
+        parse_train(["cifar10", "--shuffle-bn", "no"])
 
 
 def test_a_length_in_one_unit_replaces_the_recipes_in_the_other() -> None:

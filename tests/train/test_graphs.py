@@ -4,22 +4,30 @@ Like a recording, the twin freezes whatever is no tensor in a buffer, and its re
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.train.small import SMALL
 from tests.train.test_step import pixels
 from torch import Tensor
 
+from linerate.shards.catalog import Catalog
+from linerate.train import learner as learner_module
 from linerate.train.encoder import build_encoder
 from linerate.train.graphs import WARM_UP_STEPS, RecordedPasses
 from linerate.train.in_batch import InBatch
 from linerate.train.key_queue import KeyQueue
 from linerate.train.key_stream import KeyStream
 from linerate.train.memory_bank import MemoryBank
+from linerate.train.pretrain import pretrain
+from linerate.train.run_folder import RunFolder
 from linerate.train.shuffle_bn import Exchange, Route
 from linerate.train.step import Gradients, MoCo, StepInputs, train_step
+from linerate.train.switches import Switches, resolve_switches
 
 STEPS = WARM_UP_STEPS + 4
 
@@ -104,9 +112,7 @@ def test_a_gradient_that_was_cleared_meanwhile_comes_back() -> None:
     assert all(param.grad is gradient for param, gradient in zip(moco.query_params, own, strict=True))
 
 
-def test_a_recording_that_fails_is_said_and_the_steps_run_as_they_are(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_recording_that_fails_is_given_up_and_the_steps_run_as_they_are() -> None:
     class Broken(Twin):
         def record(self, run: Callable[[], Gradients]) -> Callable[[], Gradients]:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -114,10 +120,30 @@ def test_a_recording_that_fails_is_said_and_the_steps_run_as_they_are(
     (eager, eager_sgd), (moco, sgd) = build("queue"), build("queue")
     recorded = RecordedPasses(Broken(), moco.query_params)
     assert run(moco, sgd, range(STEPS), recorded=recorded) == run(eager, eager_sgd, range(STEPS))
-    assert recorded.given_up is not None
-    assert [line.getMessage() for line in caplog.records] == [
-        "cuda_graphs off: the recording failed: operation not permitted when stream is capturing"
-    ]
+    assert recorded.given_up == "the recording failed: operation not permitted when stream is capturing"
+
+
+def test_a_run_whose_recording_fails_says_so_in_its_log_once_and_at_its_end(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Twin):
+        def record(self, run: Callable[[], Gradients]) -> Callable[[], Gradients]:
+            raise RuntimeError("no such luck")
+
+    def with_graphs(*args: Any, **kwargs: Any) -> Switches:
+        found = resolve_switches(*args, **kwargs)
+        reasons = {name: why for name, why in found.reasons.items() if name != "cuda_graphs"}
+        return dataclasses.replace(found, cuda_graphs=True, reasons=reasons)
+
+    monkeypatch.setattr(learner_module, "resolve_switches", with_graphs)
+    monkeypatch.setattr(learner_module, "CudaRecorder", Broken)
+    summary = pretrain(SMALL, shards=shards.root, run_dir=tmp_path)
+    told = "cuda_graphs off: the recording failed: no such luck"
+    folder = RunFolder(tmp_path)
+    assert folder.load_log("start")[0]["switches"]["cuda_graphs"] == "on"
+    assert [(line["step"], line["text"]) for line in folder.load_log("note")] == [(WARM_UP_STEPS + 1, told)]
+    assert folder.load_log("end")[0]["switches"]["cuda_graphs"] == told.removeprefix("cuda_graphs ")
+    assert summary.given_up == (told,)
 
 
 def test_want_of_memory_while_recording_is_passed_on() -> None:

@@ -9,6 +9,7 @@ from tests.train.small import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linerate.pipeline.two_views import TwoViews
+from linerate.train import kernels
 from linerate.train.checkpoint import TrainedOn
 from linerate.train.config import Dictionary, Loss, TrainConfig
 from linerate.train.launch import open_accelerator
@@ -143,3 +144,18 @@ def test_encoding_is_in_eval_mode_and_training_goes_on_after(tmp_path: Path) -> 
             assert together.shape == (16, dim)
             assert torch.allclose(together[:1], alone, atol=1e-5)
         assert learner.moco.query_encoder.training
+
+
+def test_kernels_that_failed_are_told_as_off_where_they_were_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "given_up", {"infonce": "RuntimeError: no compiler"})
+    with open_accelerator(SMALL, run_dir=tmp_path) as accelerator:
+        learner = Learner(SMALL, accelerator)
+    assert learner.given_up() == {}
+    assert learner.switch_words()["kernels"] == "off: no CUDA device"
+    learner.switches = dataclasses.replace(learner.switches, kernels=True, fused_update=True, reasons={})
+    failed = "the kernel infonce failed: RuntimeError: no compiler"
+    assert learner.given_up() == {"kernels": failed}
+    assert learner.switch_words()["kernels"] == f"off: {failed}"
+    assert learner.switch_words()["fused_update"] == "on"

@@ -8,7 +8,7 @@ from tests.train.small import SMALL
 from linerate.pipeline.order import EpochOrder
 from linerate.shards.errors import UserError
 from linerate.train.config import Optim, ShuffleBN
-from linerate.train.plan import ShardTable, plan_run, show_boundaries
+from linerate.train.plan import ShardTable, plan_rows, plan_run, show_boundaries
 from linerate.train.recipes import RECIPES
 
 
@@ -26,6 +26,7 @@ def test_ig1b_counts_iterations() -> None:
     plan = plan_run(RECIPES["ig1b-v1"].build(), ShardTable.nominal(940_000_000), world_size=64)
     assert (plan.total_steps, plan.total_images, plan.rank_batch) == (1_250_000, 1_280_000_000, 16)
     assert plan.epochs == pytest.approx(1.36, abs=0.005)
+    assert dict(plan_rows(plan))["bytes per rank"] == "1.62 TB to 1.62 TB, about"
     assert plan.lr_last == pytest.approx(0.01621, abs=5e-6)
 
 

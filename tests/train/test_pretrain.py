@@ -55,7 +55,9 @@ def test_a_run_does_all_its_steps_and_says_so(whole: tuple[Path, Summary, list[A
     assert (events[0]["loader_threads"], events[0]["usable_cores"]) == (1, usable_cores())
     assert "1 loader thread a rank" in events[0]["device"]
     assert events[0]["chance_loss"] == pytest.approx(math.log(41))
-    assert events[-1] == {"event": "end", "step": 12, "finished": True}
+    switches = events[0]["switches"]
+    assert events[-1] == {"event": "end", "step": 12, "finished": True, "switches": switches}
+    assert (switches["cuda_graphs"], summary.given_up) == ("off: no CUDA device", ())
     assert [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] == events
 
 
@@ -138,7 +140,9 @@ def test_a_finished_run_resumes_to_nothing(whole: tuple[Path, Summary, list[Any]
     run, summary, _ = whole
     before = (run / "log.jsonl").read_text().count('"step"')
     again = pretrain(small(knn_epochs=2), shards=shards.root, run_dir=run, resume=True)
-    assert (again.step, again.checkpoint) == (12, summary.checkpoint)
+    assert dataclasses.replace(again, stopped_by=None) == summary
+    assert summary.loss is not None
+    assert again.loss == _losses(run)[-1]
     assert (run / "log.jsonl").read_text().count('"step"') == before + 3  # start, note, end
 
 

@@ -160,6 +160,10 @@ def test_an_ablation_of_what_the_dictionary_lacks_is_refused(over: str, recipe: 
             ["demo", "--over", "shuffle-bn", "--no-shuffle", "--shards", "S", "--out", "O"],
             "its own --no-shuffle",
         ),
+        (
+            ["demo", "--over", "shuffle-bn", "--shuffle-bn", "off", "--shards", "S", "--out", "O"],
+            "its own --shuffle-bn",
+        ),
         (["demo", "--over", "m", "--seeds", "1,x", "--shards", "S", "--out", "O"], "a whole number"),
         (["demo", "--over", "m", "--seed", "1", "--seeds", "2", "--shards", "S", "--out", "O"], "contradict"),
         (

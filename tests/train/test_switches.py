@@ -70,10 +70,11 @@ def test_no_line_of_the_display_is_wider_than_80_columns() -> None:
         for ranks in (1, 128)
         for asked in (False, True)
     ]
-    lines = [line for switches in every for line in switch_lines({"switches": switches})]
+    lines = [line for switches in every for line in switch_lines({"event": "start", "switches": switches})]
     assert len(lines) == 32 * 8
     assert max(map(len, lines)) <= 80
-    assert switch_lines({"event": "step"}) == []
+    # At the end they are in the log, and what was given up is in the summary.
+    assert switch_lines({"event": "end", "switches": every[0]}) == switch_lines({"event": "step"}) == []
     assert "no CUDA" not in plain_line({"event": "note", "step": 0, "text": "x"})
 
 

@@ -16,7 +16,8 @@ import torch
 ResultT = TypeVar("ResultT")
 
 _log = logging.getLogger("linerate")
-_given_up: set[str] = set()
+given_up: dict[str, str] = {}
+"""Modules that run no more in this process, and why."""
 _said: set[str] = set()
 
 
@@ -32,7 +33,7 @@ def on_kernels(
     A failure is said in the log, once. Tensors that are unsuited do not end the kernel's use for others; no
     Triton, or one that cannot compile here, does. Want of memory is passed on.
     """
-    if device.type != "cuda" or name in _given_up:
+    if device.type != "cuda" or name in given_up:
         return otherwise()
     try:
         return run(importlib.import_module(f"{__name__}.{name}"))
@@ -41,7 +42,8 @@ def on_kernels(
     except Unsuited as error:
         _say(f"no Triton {name} for these tensors, its torch form runs instead: {error}")
     except Exception as error:
-        _given_up.add(name)
+        reason, _, _ = str(error).partition("\n")
+        given_up[name] = f"{type(error).__name__}: {reason}"
         _say(f"no Triton {name} here, its torch form runs instead: {type(error).__name__}: {error}")
     return otherwise()
 

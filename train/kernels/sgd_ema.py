@@ -59,7 +59,9 @@ class SgdEma:
     """The update of these tensors; their addresses go to the device when they change, and then only.
 
     weights, buffers, keys: P float32 tensors each, alike in shape and strides and dense in memory, so that
-    any memory format is one run of numbers. copies: bfloat16 twins of weights and keys, or None.
+    any memory format is one run of numbers. copies: bfloat16 twins of weights and keys, or None, as in the
+    trainer: autocast casts the weights in every forward, and whether one that reads copies is faster has not
+    been measured. `linerate bench run sgd-ema` has both forms.
     Raises ValueError where two that belong together lie differently in memory.
     """
 
