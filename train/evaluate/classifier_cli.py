@@ -61,7 +61,7 @@ class ClassifierCommand(CacheOptions):
     size: int | None = None
     """Side of the images, pixels; None: the one of training."""
     backend: Literal["dali", "torch"] = "dali"
-    """What makes the training crops; both make the same ones."""
+    """What makes the crops of training and of the test; both make the same, to a grey level."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the backbone; auto: bf16 on a GPU, fp32 on a CPU."""
     eval_epochs: int = 1

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, parse_args, progress
 
@@ -37,6 +38,8 @@ class KnnCommand(CacheOptions):
     """Side of the images, pixels; None: the one of training."""
     controls: bool = False
     """Also judge raw pixels and the encoder before its first step, on the same images."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
@@ -81,6 +84,7 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
         size=command.size or trained.config.views.size,
         k=command.k,
         temperature=command.temperature,
+        backend=command.backend,
         device="cuda" if torch.cuda.is_available() else "cpu",
         num_threads=command.threads,
     )

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from linerate.pipeline.evaluation_views import open_images
+from linerate.pipeline.evaluation_views import CropBackend, open_images
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import make_parent
@@ -58,6 +58,7 @@ def write_features(
     source: FeatureSource,
     *,
     out: Path,
+    backend: CropBackend = "dali",
     device: str = "cpu",
     batch: int = 256,
     num_threads: int | None = None,
@@ -82,6 +83,7 @@ def write_features(
             catalog,
             positions,
             source,
+            backend=backend,
             device=device,
             batch=batch,
             num_threads=num_threads,
@@ -113,6 +115,7 @@ def _encode_part(
     positions: NDArray[np.int64],
     source: FeatureSource,
     *,
+    backend: CropBackend,
     device: str,
     batch: int,
     num_threads: int | None,
@@ -123,6 +126,7 @@ def _encode_part(
         catalog,
         size=source.size,
         resize=evaluation_resize(catalog, source.size),
+        backend=backend,
         device=device,
         num_threads=num_threads,
         batch=batch,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.terminal import emit_json, parse_args, progress
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class FeaturesCommand(CacheOptions):
     """How a number is stored."""
     batch: int = 256
     """Images that pass the encoder at once."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
@@ -65,6 +68,7 @@ def main(argv: list[str]) -> int:
             catalog,
             source,
             out=command.out,
+            backend=command.backend,
             device=device,
             batch=command.batch,
             num_threads=command.threads,

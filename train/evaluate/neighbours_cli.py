@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, parse_args, progress
 
@@ -37,6 +38,8 @@ class NeighboursCommand(CacheOptions):
     """What is compared: the pooled features, or the C-dimensional queries."""
     seed: int = 0
     """Which images are queries."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
@@ -111,6 +114,7 @@ def _features(command: NeighboursCommand, catalog: Catalog, num: int) -> tuple[A
             encoder_features(trained.encoder, command.features, device=device),
             LabelledSet(catalog, np.arange(num)),
             size=trained.config.views.size,
+            backend=command.backend,
             device=device,
             num_threads=command.threads,
             advance=advance,
