@@ -153,6 +153,11 @@ def _labelled(catalog: Catalog) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             f"{catalog.root} has no labels, which kNN needs; pack a folder of class folders, "
             "or name labelled shards"
         )
+    if label.max() >= len(catalog.class_names):
+        raise UserError(
+            f"{catalog.root} has labels up to {label.max()} and {len(catalog.class_names)} classes; pack it "
+            "again from class folders"
+        )
     return np.flatnonzero(has_label).astype(np.int64), sample_id[has_label]
 
 
