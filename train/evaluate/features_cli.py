@@ -12,7 +12,7 @@ from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.pipeline.evaluation_views import CropBackend
-from linerate.shards.terminal import emit_json, parse_args, progress
+from linerate.shards.terminal import emit_json, parse_args, progress, require_counts
 
 if TYPE_CHECKING:
     from linerate.shards.catalog import Catalog
@@ -44,6 +44,10 @@ class FeaturesCommand(CacheOptions):
     """Threads that decode; None: this process's cores."""
     json: bool = False
     """One JSON object on stdout instead of a table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "size", "batch", "threads")
 
 
 def main(argv: list[str]) -> int:
