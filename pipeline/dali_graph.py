@@ -5,9 +5,11 @@
 Inputs of a batch, by one external source: N JPEGs, and for each view what `graph_inputs` makes of its draws.
 Outputs: the query views and the key views, or the only views, (N, S, S, 3) uint8.
 
-From the decoded image on there are two forms:
+From the decoded image on there are two forms of a view:
 - "kernels": compiled by numba, on the CPU alone (numba in DALI refuses CUDA 13);
 - "operators": DALI's own, colours by arithmetic, on either device. On the CPU it tests what a GPU will run.
+A third, "windows", is for evaluation: it takes (top, left, bottom, right), not only whole pixels, and
+resizes that window, nothing else.
 DALI's ready-made fn.hue, fn.contrast and color_twist lie 4 to 8 grey levels from torchvision's.
 """
 
@@ -22,7 +24,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws
 
-Form = Literal["kernels", "operators"]
+Form = Literal["kernels", "operators", "windows"]
 Source = Callable[[], tuple[Any, ...]]
 """N JPEGs and a view's inputs for each view, once a batch."""
 
@@ -96,10 +98,22 @@ def one_view(image: Any, draws: Any, *, size: int, device: str, form: Form) -> A
         from linerate.pipeline.dali_kernels import make_view
 
         return make_view(image, draws, size=size)
+    view = resize_window(image, draws, size=size)
+    if form == "windows":
+        return view
+    return finish_by_operators(view, draws, draws.gpu() if device == "gpu" else draws)
+
+
+def resize_window(image: Any, draws: Any, *, size: int) -> Any:
+    """(S, S, 3): the window in the first four of the draws, bilinear and antialiased.
+
+    The pixels around the window count as far as the filter reaches, so that a window is a piece of the whole
+    image resized.
+    """
     # A window beyond the image ends the process by SIGSEGV. The index and the JPEG's header agree unless the
     # file was damaged; then the window shrinks.
     bounds = fn.cast(image.shape()[0:2], dtype=types.FLOAT)
-    view = fn.resize(
+    return fn.resize(
         image,
         size=[size, size],
         roi_start=math.min(draws[Draw.TOP : Draw.LEFT + 1], bounds - 1.0),
@@ -107,7 +121,6 @@ def one_view(image: Any, draws: Any, *, size: int, device: str, form: Form) -> A
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    return finish_by_operators(view, draws, draws.gpu() if device == "gpu" else draws)
 
 
 def finish_by_operators(view: Any, draws: Any, factors: Any) -> Any:

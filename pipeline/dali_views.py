@@ -22,7 +22,7 @@ from linerate.pipeline.dali_graph import Form, decode_graph, graph_inputs, views
 from linerate.pipeline.draws import Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import LabelledImages
-from linerate.pipeline.recipe import ImageRecipe, ViewRecipe
+from linerate.pipeline.recipe import CentreCrop, ImageRecipe, ViewRecipe
 from linerate.pipeline.two_views import Origin, TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
 
@@ -44,7 +44,7 @@ class DaliPixels:
     def __init__(
         self,
         *,
-        recipe: ViewRecipe | ImageRecipe,
+        recipe: ViewRecipe | ImageRecipe | CentreCrop,
         seed: int,
         batch: int,
         device: str,
@@ -124,22 +124,7 @@ class DaliPixels:
             batch = fetch(step)
             if rows_with_broken_header(batch):
                 return batch, None
-            inputs = [
-                graph_inputs(
-                    draw_views(
-                        self._recipe,
-                        seed=self._seed,
-                        epoch=epoch,
-                        sample_id=batch.sample_id,
-                        height=batch.height,
-                        width=batch.width,
-                        view=view,
-                    ),
-                    form=self._form,
-                )
-                for view in range(self._recipe.num_views)
-            ]
-            return batch, (batch.jpegs, *inputs)
+            return batch, (batch.jpegs, *self._view_inputs(batch, epoch=epoch))
 
         to_do = iter(steps)
         ahead = deque(pool.submit(prepare, step) for step in islice(to_do, self._prefetch))
@@ -152,6 +137,25 @@ class DaliPixels:
             ahead.extend(pool.submit(prepare, step) for step in islice(to_do, 1))
             fed.append(batch)
             yield inputs
+
+    def _view_inputs(self, batch: EncodedBatch, *, epoch: int) -> list[npt.NDArray[np.float32]]:
+        """(N, columns) for each view: what the graph wants besides the JPEGs."""
+        assert not isinstance(self._recipe, CentreCrop), "its windows are not drawn"
+        return [
+            graph_inputs(
+                draw_views(
+                    self._recipe,
+                    seed=self._seed,
+                    epoch=epoch,
+                    sample_id=batch.sample_id,
+                    height=batch.height,
+                    width=batch.width,
+                    view=view,
+                ),
+                form=self._form,
+            )
+            for view in range(self._recipe.num_views)
+        ]
 
     def _stream(self) -> dict[str, Any]:
         if self._device.type == "cpu":

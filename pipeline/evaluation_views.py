@@ -1,4 +1,9 @@
-"""Every image once, in position order, resized and centre-cropped: for kNN and linear probes."""
+"""Every image once, in position order, resized and centre-cropped: for all that judges an encoder.
+
+The crops are DALI's, on the CPU or on the GPU, or Pillow's in threads; they differ by a level at most.
+On one core DALI takes 2.1 ms a photo where Pillow takes 3.1, and 0.07 against 0.02 ms for 32x32, which is
+little beside an encoder.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -18,10 +24,14 @@ from torch import Tensor
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.reader import ShardReader
+from linerate.pipeline.recipe import CentreCrop
 from linerate.pipeline.two_views import Origin
+from linerate.pipeline.undecodable import UndecodableImages
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 
+CropBackend = Literal["dali", "torch"]
+"""torch is Pillow in threads; it needs no DALI."""
 AHEAD_BATCHES = 2
 
 
@@ -51,6 +61,7 @@ def open_images(
     *,
     size: int,
     resize: int,
+    backend: CropBackend = "dali",
     device: str = "cpu",
     num_threads: int | None = None,
     batch: int,
@@ -59,35 +70,57 @@ def open_images(
     """The samples at positions (None: all) in that order, each exactly once; the last batch may be short.
 
     Pixels are those of torchvision's Resize(resize), bilinear and antialiased, then CenterCrop(size), on
-    the image as RGB. Raises UserError where the crop is larger than the resized image, or a sample does
-    not decode.
+    the image as RGB: with torch to the level, with dali to one level and half a level on average. A batch in
+    which DALI refuses an image is made with torch. Raises UserError where the crop is larger than the resized
+    image, or a sample does not decode.
     """
-    if not 1 <= size <= resize or batch < 1:
-        raise UserError(
-            f"size={size}, resize={resize}, batch={batch} must obey 1 <= size <= resize and 1 <= batch"
-        )
+    crop = CentreCrop(size=size, resize=resize)
+    if batch < 1:
+        raise UserError(f"batch={batch} must be at least 1")
     wanted = np.arange(catalog.num_samples) if positions is None else np.asarray(positions, dtype=np.int64)
-    return _run(
-        ShardReader(catalog, num_shards_at_hand=16),
-        np.split(wanted, range(batch, len(wanted), batch)) if len(wanted) else [],
-        size=size,
-        resize=resize,
-        device=device,
-        num_threads=num_threads or default_num_threads(),
+    batches = np.split(wanted, range(batch, len(wanted), batch)) if len(wanted) else []
+    make = _by_dali if backend == "dali" else _by_torch
+    reader = ShardReader(catalog, num_shards_at_hand=16)
+    return _closing(
+        reader,
+        make(
+            _Batches(reader, batches), crop, device=device, num_threads=num_threads or default_num_threads()
+        ),
     )
 
 
-def centre_crop(jpeg: NDArray[np.uint8], *, size: int, resize: int) -> NDArray[np.uint8]:
-    """(size, size, 3) uint8: the image's short side brought to resize, its centre cut out."""
+def _closing(reader: ShardReader, images: Iterator[LabelledImages]) -> Iterator[LabelledImages]:
+    try:
+        yield from images
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What is read, step by step, with the shards of the next steps on their way."""
+
+    reader: ShardReader
+    positions: list[NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, step: int) -> EncodedBatch:
+        self.reader.will_read(_coming(self.reader.catalog, self.positions[step : step + AHEAD_BATCHES + 2]))
+        return self.reader.read(self.positions[step])
+
+    def only(self, step: int) -> _Batches:
+        return _Batches(self.reader, [self.positions[step]])
+
+
+def centre_crop(jpeg: NDArray[np.uint8], crop: CentreCrop) -> NDArray[np.uint8]:
+    """(size, size, 3) uint8: the image's short side brought to crop.resize, its centre cut out."""
     image = decode_rgb(jpeg)
-    stored = image.shape[:2]
-    height, width = (
-        resize if side == min(stored) else resize * max(stored) // min(stored) for side in stored
-    )
-    if stored != (height, width):
+    height, width, top, left = crop.place(*image.shape[:2])
+    if image.shape[:2] != (height, width):
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return image[top : top + size, left : left + size]
+    return image[top : top + crop.size, left : left + crop.size]
 
 
 def decode_rgb(jpeg: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -114,46 +147,67 @@ def _coming(catalog: Catalog, batches: list[NDArray[np.int64]]) -> list[int]:
     return [*shards, *range(shards[-1] + 1, min(shards[-1] + 2, catalog.num_shards))]
 
 
-def _run(
-    reader: ShardReader,
-    batches: list[NDArray[np.int64]],
-    *,
-    size: int,
-    resize: int,
-    device: str,
-    num_threads: int,
+def _by_dali(
+    batches: _Batches, crop: CentreCrop, *, device: str, num_threads: int
 ) -> Iterator[LabelledImages]:
-    def submit(positions: NDArray[np.int64]) -> tuple[EncodedBatch, NDArray[np.uint8], list[Future[None]]]:
-        encoded = reader.read(positions)
-        out = np.empty((len(positions), size, size, 3), dtype=np.uint8)
+    if not len(batches):
+        return
+    # Imported when it is wanted: two seconds.
+    from linerate.pipeline.dali_crops import DaliCrops
+
+    dali = DaliCrops(
+        crop,
+        batch=len(batches.positions[0]),
+        device=device,
+        num_threads=num_threads,
+        prefetch=AHEAD_BATCHES,
+    )
+    step = 0
+    while step < len(batches):
+        try:
+            with contextlib.closing(dali.run(batches.read, range(step, len(batches)), epoch=0)) as made:
+                for images in made:
+                    step += 1
+                    yield images
+        except UndecodableImages:
+            # Pillow takes some that DALI does not, as CMYK on some GPUs; what neither takes is named there.
+            yield from _by_torch(batches.only(step), crop, device=device, num_threads=num_threads)
+            step += 1
+
+
+def _by_torch(
+    batches: _Batches, crop: CentreCrop, *, device: str, num_threads: int
+) -> Iterator[LabelledImages]:
+    def submit(step: int) -> tuple[EncodedBatch, NDArray[np.uint8], list[Future[None]]]:
+        encoded = batches.read(step)
+        num = len(encoded.jpegs)
+        out = np.empty((num, crop.size, crop.size, 3), dtype=np.uint8)
         # Several images a job: for 32x32 ones a job of one costs more than the image.
-        chunks = [range(i, min(i + chunk, len(positions))) for i in range(0, len(positions), chunk)]
+        chunk = max(1, min(16, num // (2 * num_threads)))
+        chunks = [range(i, min(i + chunk, num)) for i in range(0, num, chunk)]
         return encoded, out, [pool.submit(fill, out, images, encoded) for images in chunks]
 
     def fill(out: NDArray[np.uint8], images: range, encoded: EncodedBatch) -> None:
         for i in images:
             try:
-                out[i] = centre_crop(encoded.jpegs[i], size=size, resize=resize)
+                out[i] = centre_crop(encoded.jpegs[i], crop)
             except ValueError as error:
+                root = batches.reader.catalog.root
                 raise UserError(
-                    f"sample {encoded.sample_id[i]:012d} in {reader.catalog.root} does not decode ({error}); "
-                    f"`linerate shard verify {reader.catalog.root} --decode full` lists such samples, and "
+                    f"sample {encoded.sample_id[i]:012d} in {root} does not decode ({error}); "
+                    f"`linerate shard verify {root} --decode full` lists such samples, and "
                     "packing again with `--check decode` leaves them out"
                 ) from error
 
-    chunk = max(1, min(16, len(batches[0]) // (2 * num_threads))) if batches else 1
-
     with ThreadPoolExecutor(num_threads, thread_name_prefix="centre_crop") as pool:
         try:
-            reader.will_read(_coming(reader.catalog, batches[: AHEAD_BATCHES + 1]))
-            waiting = [submit(positions) for positions in batches[:AHEAD_BATCHES]]
-            for nth in range(len(batches)):
-                reader.will_read(_coming(reader.catalog, batches[nth : nth + AHEAD_BATCHES + 2]))
+            waiting = [submit(step) for step in range(min(AHEAD_BATCHES, len(batches)))]
+            for step in range(len(batches)):
                 encoded, out, jobs = waiting.pop(0)
                 for job in jobs:
                     job.result()
-                if nth + AHEAD_BATCHES < len(batches):
-                    waiting.append(submit(batches[nth + AHEAD_BATCHES]))
+                if step + AHEAD_BATCHES < len(batches):
+                    waiting.append(submit(step + AHEAD_BATCHES))
                 yield LabelledImages(
                     images=torch.from_numpy(out).to(device).permute(0, 3, 1, 2),
                     label=torch.from_numpy(encoded.label),
@@ -162,4 +216,3 @@ def _run(
                 )
         finally:
             pool.shutdown(cancel_futures=True)
-            reader.close()

@@ -98,6 +98,29 @@ class ImageRecipe:
         return (self.image,)[view]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CentreCrop:
+    """What evaluation sees of an image, without any chance: its short side resized, its centre cut out."""
+
+    num_views: ClassVar[int] = 1
+    size: int
+    """Height and width of the crop in pixels."""
+    resize: int
+    """The image's short side before it."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise UserError(f"size={self.size}, resize={self.resize} must obey 1 <= size <= resize")
+
+    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Height and width of the resized image, and the crop's top and left in it, as torchvision rounds."""
+        short, long = sorted((height, width))
+        height, width = (
+            self.resize if side == short else self.resize * long // short for side in (height, width)
+        )
+        return height, width, round((height - self.size) / 2), round((width - self.size) / 2)
+
+
 def v1(*, size: int = 224) -> ViewRecipe:
     """MoCo v1: gray before the jitter, jitter on every view with hue 0.4, no blur.
 

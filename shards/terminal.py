@@ -205,6 +205,14 @@ def make_parent(out: Path) -> None:
         ) from None
 
 
+def require_counts(flags: object, *names: str) -> None:
+    """Raise UserError for the first of these flags that is below 1; None leaves the value to the command."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
 @contextlib.contextmanager
 def progress(description: str, *, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
     """A bar on stderr with rate and remaining time; yields advance(amount). Silent off a terminal."""

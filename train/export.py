@@ -77,10 +77,11 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
     make_parent(out)
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        if target == "detectron2":
-            write_detectron2(weights, temporary)
-        else:
-            _write(weights, temporary, trained, as_safetensors=as_safetensors)
+        try:
+            _write(weights, temporary, trained, target=target, as_safetensors=as_safetensors)
+        except (OSError, RuntimeError) as error:  # torch's word for a full disk is RuntimeError
+            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"--out {out} cannot be written ({why}); name another") from None
         difference = _difference(trained, load(temporary))
         if not difference <= TOLERANCE:  # NaN is no small difference
             raise RuntimeError(f"{target} gives features that differ by {difference:.2e}: a defect of ours")
@@ -148,12 +149,17 @@ def _load_own(trained: TrainedEncoder, path: Path) -> nn.Module:
     return encoder.backbone
 
 
-def _write(weights: dict[str, Tensor], path: Path, trained: TrainedEncoder, *, as_safetensors: bool) -> None:
-    if not as_safetensors:
-        torch.save(weights, path)
-        return
-    about = {"format": "pt", "encoder": trained.config.model.encoder, "recipe": trained.config.recipe}
-    safetensors.torch.save_file(weights, path, metadata={**about, "step": str(trained.step)})
+def _write(
+    weights: dict[str, Tensor], path: Path, trained: TrainedEncoder, *, target: Target, as_safetensors: bool
+) -> None:
+    if target == "detectron2":
+        write_detectron2(weights, path)
+    elif as_safetensors:
+        about = {"format": "pt", "encoder": trained.config.model.encoder, "recipe": trained.config.recipe}
+        path.write_bytes(safetensors.torch.save(weights, metadata={**about, "step": str(trained.step)}))
+    else:
+        with path.open("wb") as file:
+            torch.save(weights, file)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -102,6 +102,10 @@ def import_checkpoint(path: Path, *, run: Path, encoder: str | None = None) -> I
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and what else is in the file. No code of the file runs."""
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder; name the checkpoint file in it, as moco_v2_200ep_pretrain.pth.tar"
+        )
     if not path.is_file():
         raise UserError(f"{path} is not there; name a checkpoint file, as moco_v2_200ep_pretrain.pth.tar")
     try:

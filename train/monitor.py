@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.config import Watch
@@ -70,6 +71,7 @@ def open_monitor(
     catalog: Catalog,
     *,
     size: int,
+    backend: CropBackend = "dali",
     device: str,
     num_threads: int | None,
     cache: CacheOptions | None = None,
@@ -89,6 +91,11 @@ def open_monitor(
             raise
         return None, f"no kNN monitor: {error}"
     options = KnnOptions(
-        size=size, k=watch.knn_k, temperature=watch.knn_temperature, device=device, num_threads=num_threads
+        size=size,
+        k=watch.knn_k,
+        temperature=watch.knn_temperature,
+        backend=backend,
+        device=device,
+        num_threads=num_threads,
     )
     return KnnMonitor(split, options), None

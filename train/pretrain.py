@@ -103,6 +103,8 @@ def _open_run(
         config.watch,
         catalog,
         size=config.views.size,
+        # A run that does without DALI does so here too.
+        backend="dali" if config.views.backend == "dali" else "torch",
         device=device,
         num_threads=config.speed.loader_threads,
         cache=cache,

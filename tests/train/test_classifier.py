@@ -62,7 +62,7 @@ def trained(labelled: LabelledSplit) -> TrainedEncoder:
 def calibrated(labelled: LabelledSplit) -> TrainedEncoder:
     """An encoder whose BN statistics are those of the images."""
     encoder = untrained_encoder(SMALL)
-    images = open_evaluation(labelled.split.train, size=16, num_threads=1)
+    images = open_evaluation(labelled.split.train, size=16, num_threads=1, backend="torch")
     calibrate_bn(encoder, (part.images for part in images))
     path = Path("run/checkpoints/step-000000012.pt")
     return TrainedEncoder(encoder=encoder, config=SMALL, step=12, images=192, path=path)
@@ -115,7 +115,7 @@ def test_a_linear_probe_is_what_a_plain_loop_computes(
             losses.append(loss.item())
         loader.close()
     right = num = 0
-    for part in open_evaluation(labelled.split.test, size=16, num_threads=1):
+    for part in open_evaluation(labelled.split.test, size=16, num_threads=1, backend="torch"):
         right += int((fc(encoder.features(part.images)).argmax(dim=1) == part.label).sum())
         num += len(part.label)
     history = _history(tmp_path)
@@ -131,7 +131,7 @@ def test_the_fast_variant_is_a_plain_loop_over_centre_crops_in_the_same_order(
     config = dataclasses.replace(LINEAR, features="centre-crop", epochs=1)
     _run(config, trained, labelled, tmp_path)
     encoder = copy.deepcopy(trained.encoder).eval()
-    part = next(iter(open_evaluation(labelled.split.train, size=16, num_threads=1)))
+    part = next(iter(open_evaluation(labelled.split.train, size=16, num_threads=1, backend="torch")))
     with torch.no_grad():
         features = encoder.features(part.images)
     loader = open_training_images(

@@ -63,6 +63,8 @@ def test_settings_without_sense_are_refused() -> None:
         ("lr", 0.0, "lr=0 must be above 0"),
         ("label_share", 1.5, "label_share=1.5 is no share"),
         ("test_share", 1.0, "test_share=1 leaves nothing to learn from"),
+        ("milestones", (60, 120), "milestones 120 lie beyond the 100 epochs"),
+        ("milestones", (60, 40), "must rise"),
     ):
         with pytest.raises(UserError, match=line):
             ClassifierConfig(**{**LINEAR_RECIPES["v1"]().plain(), field: value})
@@ -123,7 +125,10 @@ def test_what_has_no_answer_is_one_line_with_a_way_out(
     assert "is not the 256 that lr=30 of linear v1 is for; decide: --scale-lr for 1.875" in undecided
     both = _error(capsys, *linear, *train, "--global-batch", "16", "--scale-lr", "--lr", "1")
     assert "contradict" in both
-    assert "--runs 0 must be at least 1" in _error(capsys, *linear, *train, "--runs", "0")
+    for flag in ("--runs", "--epochs", "--global-batch", "--size", "--threads"):
+        assert f"{flag} 0 must be at least 1" in _error(capsys, *linear, *train, flag, "0")
+    groups = _error(capsys, "eval", "finetune", str(run), *train, "--bn-group", "0")
+    assert "--bn-group 0 must be at least 1" in groups
     assert "must lie between 0 and 1" in _error(capsys, *linear, *train, "--test-share", "1")
     assert "--label-share -1 is no share" in _error(capsys, *linear, *train, "--label-share", "-1")
     group = _error(

@@ -231,6 +231,28 @@ def test_knn_on_one_set_holds_a_share_out(
     assert row["num_train"] + row["num_test"] == 72
 
 
+def test_knn_counts_test_images_that_also_vote(
+    run: Path, shards: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(shards.root)
+    argv = ["eval", "knn", str(run), "--train", root, "--test", root, "--k", "5", "--threads", "1"]
+    assert main([*argv, "--backend", "torch", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["num_test_in_train"] == 72
+    assert "note: 72 of 72 test images are also among the train images (same bytes)" in err
+
+
+def test_knn_is_the_same_on_both_backends_crops(
+    run: Path, shards: Catalog, test_shards: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "knn", str(run), "--train", str(shards.root), "--test", str(test_shards.root), "--json"]
+    found = []
+    for backend in ("dali", "torch"):
+        assert main([*argv, "--k", "5", "--threads", "1", "--backend", backend]) == 0
+        found.append(json.loads(capsys.readouterr().out)["results"][0]["knn_top1"])
+    assert abs(found[0] - found[1]) <= 2 / 30
+
+
 def test_knn_refuses_what_has_no_answer(
     run: Path, shards: Catalog, unlabelled_shards: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +261,10 @@ def test_knn_refuses_what_has_no_answer(
     assert "has no checkpoint" in _error(capsys, "eval", "knn", str(tmp_path), "--train", root)
     bad_share = _error(capsys, "eval", "knn", str(run), "--train", root, "--test-share", "2")
     assert "must lie between 0 and 1" in bad_share
-    assert "at least 1" in _error(capsys, "eval", "knn", str(run), "--train", root, "--k", "0")
+    for flag in ("--k", "--threads", "--size"):
+        assert f"{flag} 0 must be at least 1" in _error(
+            capsys, "eval", "knn", str(run), "--train", root, flag, "0"
+        )
     unlabelled = _error(capsys, "eval", "knn", str(run), "--train", str(unlabelled_shards.root))
     assert "has no labels" in unlabelled
 

@@ -116,8 +116,11 @@ def test_keypoints_are_transferred(
 ) -> None:
     pytest.importorskip("pycocotools", reason="keypoints from end to end stay untested")
     words = _words(run, coco, "coco", tmp_path / "out", "--task", "keypoints", "--proposals", "2")
-    result = _result([*words, "--iterations", "1", "--rois", "4", "--precise-bn", "0"], capsys)
+    words += ["--iterations", "1", "--rois", "4", "--precise-bn", "0", "--test-set", "train2017"]
+    result = _result(words, capsys)
     assert result["network"] == "fpn"
+    (double,) = result["findings"]["test"].items()
+    assert double == ("images also among those of training (same bytes): the figure is too high", 3)
     assert "keypoint_AP50" in result["mean"]
     line = json.loads((tmp_path / "out/run-0/log.jsonl").read_text().splitlines()[0])
     assert line["loss_keypoint"] > 0

@@ -7,7 +7,7 @@ from tests.train.detect_data import SIDE, coco_notes, draw, write_coco, write_vo
 
 from linerate.shards.errors import UserError
 from linerate.train.evaluate.detect import coco_layout
-from linerate.train.evaluate.detect.annotations import Findings
+from linerate.train.evaluate.detect.annotations import Findings, count_doubles
 from linerate.train.evaluate.detect.coco_layout import read_coco, require_pycocotools
 from linerate.train.evaluate.detect.voc_layout import read_voc
 
@@ -44,6 +44,17 @@ def test_coco_boxes_become_edges_and_numbers_become_places(coco: Path) -> None:
     assert (found.class_names, found.category_ids) == (("blue", "red"), (3, 7))
     assert [(found.class_names[i.label], i.box) for i in found.images[1].instances] == draw(1)[1]
     assert found.findings.counts == {}
+
+
+def test_test_images_that_are_also_trained_on_are_counted_by_content(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c", "same_as_a", "as_long_as_b")]
+    for path, content in zip(paths, (b"one", b"two2", b"three", b"one", b"four"), strict=True):
+        path.write_bytes(content)
+    findings = Findings()
+    count_doubles(paths[:3], paths[3:], findings)
+    assert findings.lines() == [
+        "1 images also among those of training (same bytes): the figure is too high: same_as_a"
+    ]
 
 
 def test_two_voc_folders_are_read_together_though_names_are_the_same(voc: Path, tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ def test_the_card_says_what_the_weights_are_and_its_code_runs(tmp_path: Path) ->
         ("resnext50_32x4d", "imagenet", "detectron2", "x.pkl", "detectron2 has no resnext50_32x4d"),
         ("resnet18", "imagenet", "timm", "", "is a folder"),
         ("resnet18", "imagenet", "timm", "/dev/null/x/r18.pth", "its folder /dev/null/x cannot be made"),
+        (
+            "resnet18",
+            "imagenet",
+            "timm",
+            "/proc/r18.pth",
+            r"--out /proc/r18\.pth cannot be written \(No such",
+        ),
+        ("resnet18", "imagenet", "timm", "/proc/r.safetensors", r"--out /proc/r\.safetensors cannot be"),
+        ("resnet18", "imagenet", "detectron2", "/proc/r18.pkl", r"--out /proc/r18\.pkl cannot be written"),
     ],
 )
 def test_what_a_library_does_not_have_is_refused(

@@ -140,6 +140,36 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_the_parts(
     assert seen == []
 
 
+def test_what_a_kill_leaves_during_the_join_is_gone_after_the_next_run(
+    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(path: Path, *_: object) -> None:
+        path.write_bytes(b"half a file")
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process cleans nothing up
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linerate.train.evaluate.feature_file._join_npy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_features(mean_colour, shards, source(shards), out=tmp_path / "f.npy")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [".f.npy.parts"]
+    write_features(mean_colour, shards, source(shards), out=tmp_path / "f.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["f.npy"]
+    assert np.array_equal(np.load(tmp_path / "f.npy"), expected(shards))
+
+
+def test_where_nothing_can_be_written_is_told_before_any_image_is_read(shards: Catalog):
+    with pytest.raises(UserError, match=r"--out /proc/f\.npy cannot be written .*name another"):
+        write_features(mean_colour, shards, source(shards), out=Path("/proc/f.npy"))
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--size", "--batch"])
+def test_a_count_of_nothing_is_refused(shards: Catalog, tmp_path: Path, flag: str):
+    words = [str(tmp_path), "--shards", str(shards.root), "--out", str(tmp_path / "f.npy"), flag, "0"]
+    with pytest.raises(UserError, match=f"{flag} 0 must be at least 1"):
+        features_cli.main(words)
+
+
 def test_what_is_no_feature_file_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="is not there"):
         load_features(tmp_path / "none.parquet")

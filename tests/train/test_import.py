@@ -103,6 +103,8 @@ def test_a_file_that_is_no_checkpoint_of_moco_is_refused(tmp_path: Path) -> None
     (tmp_path / "short").write_bytes(b"PK")
     with pytest.raises(UserError, match="cut short or no checkpoint"):
         import_checkpoint(tmp_path / "short", run=tmp_path / "run")
+    with pytest.raises(UserError, match="is a folder; name the checkpoint file in it"):
+        import_checkpoint(tmp_path, run=tmp_path / "run")
     with pytest.raises(UserError, match="is not there"):
         import_checkpoint(tmp_path / "absent", run=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -60,6 +60,14 @@ def test_scale_of_the_features_does_not_matter() -> None:
     assert torch.equal(plain, scaled)
 
 
+def test_no_temperature_is_too_small_for_the_votes() -> None:
+    """exp(1 / 0.001) is infinite: two classes would both have infinitely many votes."""
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    for row, label in ((torch.tensor([[0.9, 0.1]]), 2), (torch.tensor([[0.1, 0.9]]), 0)):
+        found = knn_predict(train, torch.tensor([2, 1, 0]), row, k=3, temperature=1e-3, num_classes=3)
+        assert found.tolist() == [label]
+
+
 @pytest.mark.parametrize(
     ("num_train", "num_test", "label", "k", "dim", "message"),
     [

@@ -85,5 +85,12 @@ def test_wrong_words_are_one_line(shards: Catalog, unlabelled_shards: Catalog, t
         main([*words, "--out", str(tmp_path / "p.html")])
     with pytest.raises(UserError, match=r"does not end in \.html"):
         main([*words, "--out", str(tmp_path / "p.png")])
-    with pytest.raises(UserError, match="--queries 0"):
-        main([*words, "--out", str(tmp_path / "p.html"), "--queries", "0"])
+    for flag in ("--queries", "--k", "--threads"):
+        with pytest.raises(UserError, match=f"{flag} 0 must be at least 1"):
+            main([*words, "--out", str(tmp_path / "p.html"), flag, "0"])
+    with pytest.raises(UserError, match="--limit 1 leaves no image another to be near"):
+        main([*words, "--out", str(tmp_path / "p.html"), "--limit", "1"])
+    with pytest.raises(UserError, match=r"f\.npy holds rows alone.*give a \.parquet"):
+        main([str(tmp_path / "f.npy"), *words[1:], "--out", str(tmp_path / "p.html")])
+    with pytest.raises(UserError, match="its folder /dev/null/x cannot be made"):
+        main([*words, "--out", "/dev/null/x/p.html"])

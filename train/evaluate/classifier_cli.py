@@ -12,7 +12,7 @@ from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, parse_args, stderr
+from linerate.shards.terminal import emit_json, parse_args, require_counts, stderr
 from linerate.train.evaluate.classifier_recipes import (
     FINETUNE_RECIPES,
     LINEAR_RECIPES,
@@ -61,7 +61,7 @@ class ClassifierCommand(CacheOptions):
     size: int | None = None
     """Side of the images, pixels; None: the one of training."""
     backend: Literal["dali", "torch"] = "dali"
-    """What makes the training crops; both make the same ones."""
+    """What makes the crops of training and of the test; both make the same, to a grey level."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the backbone; auto: bf16 on a GPU, fp32 on a CPU."""
     eval_epochs: int = 1
@@ -75,10 +75,8 @@ class ClassifierCommand(CacheOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("runs", "eval_epochs", "checkpoint_steps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        require_counts(self, "runs", "epochs", "global_batch", "size", "threads")
+        require_counts(self, "eval_epochs", "checkpoint_steps")
         if not 0 < self.label_share <= 1:
             raise UserError(f"--label-share {self.label_share:g} is no share; give a number above 0, as 0.01")
         if self.test is None and not 0 < self.test_share < 1:
@@ -103,6 +101,10 @@ class FinetuneCommand(ClassifierCommand):
     """in1m: lr 0.03; inat18: lr 0.025; both 100 epochs at batch 256."""
     bn_group: int | None = None
     """Images that share BN statistics, on however many ranks; None: the recipe's 32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "bn_group")
 
 
 def main_linear(argv: list[str]) -> int:

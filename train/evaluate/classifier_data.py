@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.pipeline.loader import ImageLoader, open_training_images
 from linerate.pipeline.order import EpochOrder, default_num_lanes
 from linerate.pipeline.reader import subset_sizes
@@ -94,13 +95,22 @@ def open_crops(
 
 
 def centre_crops(
-    samples: LabelledSet, *, size: int, device: str, rank: int, world_size: int, num_threads: int | None
+    config: ClassifierConfig,
+    samples: LabelledSet,
+    *,
+    device: str,
+    rank: int,
+    world_size: int,
+    num_threads: int | None,
 ) -> TestBatches:
     """One rank's share of the test images: the short side resized, the centre cut out."""
     share = LabelledSet(samples.catalog, np.array_split(samples.positions, world_size)[rank])
 
     def batches() -> Iterator[Batch]:
-        for part in open_evaluation(share, size=size, device=device, num_threads=num_threads):
+        images = open_evaluation(
+            share, size=config.size, backend=config.backend, device=device, num_threads=num_threads
+        )
+        for part in images:
             yield part.images, part.label
 
     return batches
@@ -152,6 +162,7 @@ def open_cached_features(
     *,
     weights_xxh3: str,
     size: int,
+    backend: CropBackend,
     folder: Path,
     device: str,
     num_threads: int | None,
@@ -168,7 +179,14 @@ def open_cached_features(
         if not path.exists():
             source = _feature_source(catalog, weights_xxh3=weights_xxh3, size=size)
             write_features(
-                encode, catalog, source, out=path, device=device, num_threads=num_threads, advance=advance
+                encode,
+                catalog,
+                source,
+                out=path,
+                backend=backend,
+                device=device,
+                num_threads=num_threads,
+                advance=advance,
             )
         # Copy on write: torch wants memory that may be written, the file stays as it is.
         rows = torch.from_numpy(np.load(path, mmap_mode="c"))

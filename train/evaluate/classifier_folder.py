@@ -107,7 +107,8 @@ def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _replace(path: Path, data: bytes | memoryview) -> None:
     """Write under a temporary name, fsync, rename. Raises UserError with the file of before untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # One name: what a killed process leaves is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -61,6 +61,11 @@ class ClassifierConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name}={value:g} is no share; give a number above 0, and not above 1")
+        if beyond := [epoch for epoch in self.schedule.milestones if epoch > self.epochs]:
+            raise UserError(
+                f"milestones {', '.join(map(str, beyond))} lie beyond the {self.epochs} epochs; give fewer "
+                "--milestones, or more --epochs"
+            )
         if self.test_share == 1:
             raise UserError("test_share=1 leaves nothing to learn from; give a share below 1, as 0.1")
 

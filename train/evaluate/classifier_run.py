@@ -171,7 +171,10 @@ class _Work:
         if self.config.protocol == "linear":
             samples = self.labelled.split.train.first(CALIBRATION_IMAGES)
             images = open_evaluation(
-                samples, size=self.config.size, num_threads=self.options.num_threads or default_num_threads()
+                samples,
+                size=self.config.size,
+                backend=self.config.backend,
+                num_threads=self.options.num_threads or default_num_threads(),
             )
             calibrate_bn(untrained, (part.images for part in images))
         yield "untrained", untrained
@@ -241,6 +244,7 @@ class _Work:
                     backbone,
                     weights_xxh3=f"{xxh3}-{self.options.precision}",
                     size=config.size,
+                    backend=config.backend,
                     folder=self.options.out / "features",
                     device=self.device,
                     num_threads=threads,
@@ -254,12 +258,7 @@ class _Work:
             config, split.train, device=self.device, rank=rank, world_size=world_size, num_threads=threads
         )
         tests = centre_crops(
-            split.test,
-            size=config.size,
-            device=self.device,
-            rank=rank,
-            world_size=world_size,
-            num_threads=threads,
+            config, split.test, device=self.device, rank=rank, world_size=world_size, num_threads=threads
         )
         return crops, tests
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, parse_args, progress
+from linerate.shards.terminal import emit_json, parse_args, progress, require_counts, stderr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class KnnCommand(CacheOptions):
     """Side of the images, pixels; None: the one of training."""
     controls: bool = False
     """Also judge raw pixels and the encoder before its first step, on the same images."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
@@ -44,6 +47,7 @@ class KnnCommand(CacheOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_counts(self, "size", "threads")
         if not 0 < self.test_share < 1:
             raise UserError(f"--test-share {self.test_share} must lie between 0 and 1, as 0.1")
         if self.k < 1 or not self.temperature > 0:
@@ -71,20 +75,24 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
     import torch
 
     from linerate.train.checkpoint import load_trained
-    from linerate.train.evaluate.features import open_split
     from linerate.train.evaluate.judge import KnnOptions, contestants, encoder_features, judge_by_knn
+    from linerate.train.evaluate.labelled import open_labelled_split
 
     trained = load_trained(command.run)
     test = open_shards(command.test, command) if command.test else None
-    split = open_split(open_shards(command.train, command), test, test_share=command.test_share)
+    labelled = open_labelled_split(open_shards(command.train, command), test, test_share=command.test_share)
+    split = labelled.split
     options = KnnOptions(
         size=command.size or trained.config.views.size,
         k=command.k,
         temperature=command.temperature,
+        backend=command.backend,
         device="cuda" if torch.cuda.is_available() else "cpu",
         num_threads=command.threads,
     )
     trained.encoder.require_size(options.size)
+    for note in labelled.notes:
+        stderr.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if command.controls:
         entries = contestants(trained, split, options, features=command.features)
     else:
@@ -103,5 +111,7 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
         "temperature": options.temperature,
         "size": options.size,
         "num_classes": split.num_classes,
+        "num_test_in_train": labelled.num_test_in_train,
+        "notes": [*labelled.notes],
         "results": results,
     }

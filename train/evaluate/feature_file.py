@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from linerate.pipeline.evaluation_views import open_images
+from linerate.pipeline.evaluation_views import CropBackend, open_images
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import make_parent
@@ -58,6 +58,7 @@ def write_features(
     source: FeatureSource,
     *,
     out: Path,
+    backend: CropBackend = "dali",
     device: str = "cpu",
     batch: int = 256,
     num_threads: int | None = None,
@@ -82,6 +83,7 @@ def write_features(
             catalog,
             positions,
             source,
+            backend=backend,
             device=device,
             batch=batch,
             num_threads=num_threads,
@@ -89,10 +91,13 @@ def write_features(
         )
         _save_whole(_part(parts, start), partial(_write_npy, rows=rows))
     arrays = [np.load(_part(parts, start), mmap_mode="r") for start in starts]
+    # Joined among the parts, which a run after a kill takes over and removes at the end.
+    joined = parts / f"joined{out.suffix}"
     if out.suffix == ".npy":
-        _save_whole(out, lambda path: _join_npy(path, arrays))
+        _save_whole(joined, lambda path: _join_npy(path, arrays))
     else:
-        _save_whole(out, lambda path: _join_parquet(path, arrays, catalog, source, part_rows=part_rows))
+        _save_whole(joined, lambda path: _join_parquet(path, arrays, catalog, source, part_rows=part_rows))
+    joined.replace(out)
     shutil.rmtree(parts)
     return int(arrays[0].shape[1])
 
@@ -113,6 +118,7 @@ def _encode_part(
     positions: NDArray[np.int64],
     source: FeatureSource,
     *,
+    backend: CropBackend,
     device: str,
     batch: int,
     num_threads: int | None,
@@ -123,6 +129,7 @@ def _encode_part(
         catalog,
         size=source.size,
         resize=evaluation_resize(catalog, source.size),
+        backend=backend,
         device=device,
         num_threads=num_threads,
         batch=batch,
@@ -147,7 +154,10 @@ def _open_parts(parts: Path, source: FeatureSource, *, part_rows: int, out: Path
                 f"or name another --out than {out}"
             )
         return
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another") from None
     _save_whole(about, lambda path: path.write_text(json.dumps(mine, indent=1), encoding="utf-8"))
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from linerate.pipeline.evaluation_views import LabelledImages, open_images
+from linerate.pipeline.evaluation_views import CropBackend, LabelledImages, open_images
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 
@@ -95,13 +95,20 @@ def evaluation_resize(catalog: Catalog, size: int) -> int:
 
 
 def open_evaluation(
-    samples: LabelledSet, *, size: int, device: str = "cpu", batch: int = 256, num_threads: int | None = None
+    samples: LabelledSet,
+    *,
+    size: int,
+    backend: CropBackend = "dali",
+    device: str = "cpu",
+    batch: int = 256,
+    num_threads: int | None = None,
 ) -> Iterator[LabelledImages]:
     """The images of the samples, each once, in the order of their positions: short side resized, centre."""
     return open_images(
         samples.catalog,
         size=size,
         resize=evaluation_resize(samples.catalog, size),
+        backend=backend,
         device=device,
         num_threads=num_threads,
         batch=batch,
@@ -115,6 +122,7 @@ def extract_features(
     samples: LabelledSet,
     *,
     size: int,
+    backend: CropBackend = "dali",
     device: str = "cpu",
     batch: int = 256,
     num_threads: int | None = None,
@@ -125,7 +133,10 @@ def extract_features(
     advance is told how many images are done, batch by batch.
     """
     features, labels = [], []
-    for part in open_evaluation(samples, size=size, device=device, batch=batch, num_threads=num_threads):
+    images = open_evaluation(
+        samples, size=size, backend=backend, device=device, batch=batch, num_threads=num_threads
+    )
+    for part in images:
         features.append(encode(part.images).float())
         labels.append(part.label)
         advance(len(part.label))
@@ -141,6 +152,11 @@ def _labelled(catalog: Catalog) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         raise UserError(
             f"{catalog.root} has no labels, which kNN needs; pack a folder of class folders, "
             "or name labelled shards"
+        )
+    if label.max() >= len(catalog.class_names):
+        raise UserError(
+            f"{catalog.root} has labels up to {label.max()} and {len(catalog.class_names)} classes; pack it "
+            "again from class folders"
         )
     return np.flatnonzero(has_label).astype(np.int64), sample_id[has_label]
 

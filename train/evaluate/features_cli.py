@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from linerate.pipeline.cache import CacheOptions, open_shards
-from linerate.shards.terminal import emit_json, parse_args, progress
+from linerate.pipeline.evaluation_views import CropBackend
+from linerate.shards.terminal import emit_json, parse_args, progress, require_counts
 
 if TYPE_CHECKING:
     from linerate.shards.catalog import Catalog
@@ -37,10 +38,16 @@ class FeaturesCommand(CacheOptions):
     """How a number is stored."""
     batch: int = 256
     """Images that pass the encoder at once."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
     """One JSON object on stdout instead of a table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "size", "batch", "threads")
 
 
 def main(argv: list[str]) -> int:
@@ -65,6 +72,7 @@ def main(argv: list[str]) -> int:
             catalog,
             source,
             out=command.out,
+            backend=command.backend,
             device=device,
             batch=command.batch,
             num_threads=command.threads,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.encoder import Encoder
 from linerate.train.evaluate.controls import calibrate_bn, raw_pixels, untrained_encoder
@@ -26,6 +27,8 @@ class KnnOptions:
     """Neighbours that vote."""
     temperature: float = 0.1
     """A neighbour's vote weighs exp(cosine / temperature)."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops."""
     device: str = "cpu"
     num_threads: int | None = None
     """Threads that decode; None: this process's cores."""
@@ -40,6 +43,7 @@ def judge_by_knn(
             encode,
             part,
             size=options.size,
+            backend=options.backend,
             device=options.device,
             num_threads=options.num_threads,
             advance=advance,
@@ -74,7 +78,11 @@ def contestants(
     untrained = untrained_encoder(trained.config).to(options.device)
     samples = split.train.first(CALIBRATION_IMAGES)
     batches = open_evaluation(
-        samples, size=options.size, device=options.device, num_threads=options.num_threads
+        samples,
+        size=options.size,
+        backend=options.backend,
+        device=options.device,
+        num_threads=options.num_threads,
     )
     calibrate_bn(untrained, (part.images for part in batches))
     return {

@@ -39,7 +39,9 @@ def knn_predict(
         query = functional.normalize(chunk.to(device).float(), dim=1)
         similarity, neighbour = nearest_rows(query, train_features, k=k)
         votes = query.new_zeros(len(query), num_classes)
-        votes.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
+        # Less the nearest one's: the same vote, and no temperature is too small for exp.
+        weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
+        votes.scatter_add_(1, labels[neighbour], weight)
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 

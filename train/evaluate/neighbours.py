@@ -38,7 +38,8 @@ h1 { font-size: 1.3rem; margin: 0 } p { color: var(--faint); margin: .3rem 0 1.4
 .row { display: flex; gap: 10px; margin-bottom: 14px; width: max-content }
 figure { margin: 0; width: 140px; background: var(--card); border-radius: 8px; overflow: hidden;
   border-bottom: 4px solid transparent }
-figure div { height: 140px; display: grid; place-items: center } img { max-width: 132px; max-height: 132px }
+figure div { height: 140px; display: grid; place-items: center }
+img { width: 132px; height: 132px; object-fit: contain }
 figcaption { padding: 4px 8px 6px; font-size: 12px; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap } figcaption span { color: var(--faint) }
 .query { margin-right: 18px; outline: 2px solid var(--ink) }

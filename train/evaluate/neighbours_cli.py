@@ -10,8 +10,9 @@ import tyro
 from rich.console import Console
 
 from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, parse_args, progress
+from linerate.shards.terminal import emit_json, make_parent, parse_args, progress, require_counts
 
 if TYPE_CHECKING:
     from linerate.shards.catalog import Catalog
@@ -37,6 +38,8 @@ class NeighboursCommand(CacheOptions):
     """What is compared: the pooled features, or the C-dimensional queries."""
     seed: int = 0
     """Which images are queries."""
+    backend: CropBackend = "dali"
+    """What makes the centre crops; both make the same to a grey level."""
     threads: int | None = None
     """Threads that decode; None: this process's cores."""
     json: bool = False
@@ -44,9 +47,14 @@ class NeighboursCommand(CacheOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("queries", "k", "limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        require_counts(self, "queries", "k", "threads")
+        if self.limit < 2:
+            raise UserError(f"--limit {self.limit} leaves no image another to be near; give 2 or more")
+        if self.run.suffix == ".npy":
+            raise UserError(
+                f"{self.run} holds rows alone, not which images they are of; give a .parquet of "
+                "`linerate features`, or the run itself"
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -64,6 +72,7 @@ def main(argv: list[str]) -> int:
         write_page,
     )
 
+    make_parent(command.out)
     catalog = open_shards(command.shards, command)
     num = min(command.limit, catalog.num_samples)
     features, what = _features(command, catalog, num)
@@ -111,6 +120,7 @@ def _features(command: NeighboursCommand, catalog: Catalog, num: int) -> tuple[A
             encoder_features(trained.encoder, command.features, device=device),
             LabelledSet(catalog, np.arange(num)),
             size=trained.config.views.size,
+            backend=command.backend,
             device=device,
             num_threads=command.threads,
             advance=advance,

@@ -6,10 +6,13 @@ Boxes are (x0, y0, x1, y1) in pixels, x1 and y1 the far edges: a box of the whol
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 Box = tuple[float, float, float, float]
 _EXAMPLES = 3
@@ -92,6 +95,31 @@ class AnnotatedSet:
             if instances:
                 kept.append(dataclasses.replace(image, instances=instances))
         return dataclasses.replace(self, images=tuple(kept))
+
+
+def count_doubles(train: Iterable[Path], test: Iterable[Path], findings: Findings) -> None:
+    """Count the test images whose very bytes are among the training images.
+
+    Only files of equal size are read.
+    """
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in train:
+        by_size[path.stat().st_size].append(path)
+    hashes: dict[int, set[int]] = {}
+    for path in test:
+        size = path.stat().st_size
+        if size not in by_size:
+            continue
+        if size not in hashes:
+            hashes[size] = {_content_hash(other) for other in by_size[size]}
+        if _content_hash(path) in hashes[size]:
+            findings.add(
+                "images also among those of training (same bytes): the figure is too high", path.stem
+            )
+
+
+def _content_hash(path: Path) -> int:
+    return xxhash.xxh3_64_intdigest(path.read_bytes())
 
 
 def clip_box(box: Box, *, height: int, width: int, where: object, findings: Findings) -> Box | None:

@@ -146,11 +146,13 @@ def _open_job(
 def _segmentation(
     command: DetectCommand, backbone: Callable[[int], ResNet]
 ) -> tuple[Job, dict[str, Any], dict[str, Findings]]:
+    from linerate.train.evaluate.detect.annotations import count_doubles
     from linerate.train.evaluate.detect.segmentation import read_masks, segmentation_job
 
     train_set, test_set = command.splits()
     train = read_masks(command.data, train_set, num_classes=command.num_classes)
     test = read_masks([_test_root(command)], test_set, num_classes=command.num_classes)
+    count_doubles([path for path, _ in train.pairs], [path for path, _ in test.pairs], test.findings)
     job = segmentation_job(train, test, backbone=backbone, num_classes=command.num_classes, crop=command.crop)
     about = {"network": "fcn-16s", "metric": "mIoU", **_sizes(job)}
     return job, about, {"train": train.findings, "test": test.findings}
@@ -159,6 +161,7 @@ def _segmentation(
 def _detection(
     command: DetectCommand, backbone: Callable[[int], ResNet]
 ) -> tuple[Job, dict[str, Any], dict[str, Findings]]:
+    from linerate.train.evaluate.detect.annotations import count_doubles
     from linerate.train.evaluate.detect.coco_layout import read_coco
     from linerate.train.evaluate.detect.detection import detection_job
     from linerate.train.evaluate.detect.networks import DetectorOptions
@@ -178,6 +181,9 @@ def _detection(
             raise UserError(
                 f"{train_set} and {test_set} have different categories; give two splits of one data set"
             )
+    count_doubles(
+        [image.path for image in train.images], [image.path for image in test.images], test.findings
+    )
     network = command.network or ("fpn" if command.task == "keypoints" else "c4")
     sides = command.train_sides()
     options = DetectorOptions(

@@ -52,7 +52,7 @@ class TransferFolder:
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write FOLDER/checkpoint.pt: a temporary name, fsync, rename. Raises UserError; the old one stays."""
     path = folder / "checkpoint.pt"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -112,13 +112,18 @@ def append_log(folder: Path, line: Mapping[str, Any]) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name and rename. Raises UserError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _temporary(path: Path) -> Path:
+    """One name for each file: what a killed process leaves is overwritten by the next."""
+    return path.with_name(f".{path.name}.new")
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:
