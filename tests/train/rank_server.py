@@ -3,7 +3,7 @@
 stdin, a line of JSON a run: {"module", "words", "world_size", "out", "environment"}. In every rank the
 module's `main(*words)` runs with torchrun's variables in the environment; what it prints is
 OUT/output-RANK.txt, what it returns the exit code. stdout: {"codes", one a rank, of a killed one minus its
-signal; "first", the rank that ended first}. Runs under torchrun itself are test_detect_loop.py's.
+signal; "first", the rank that ended first}. Runs under torchrun itself are test_launch.py's.
 """
 
 import contextlib
