@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+PEERS := .venv-peers
 UV := 0.13.9
 # What `make gpu` leaves behind, and the Python that it runs: .venv's, or where there is none the machine's.
 OUT ?= gpu-results
 GPU_PYTHON = env PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check static format bench gpu readme ffcv lock clean
+.PHONY: help setup demo test check static format bench bench-peers gpu readme ffcv lock clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +48,15 @@ format: $(STAMP) ## rewrite the files as ruff wants them
 bench: $(STAMP) ## the benchmarks that this machine can run, as a table and JSON lines
 	@$(BIN)/linerate bench run $(BENCH)
 
+bench-peers: $(PEERS)/.ready ## img2dataset, lightly, litdata and mosaicml-streaming for `make bench`, in .venv-peers (7 GB)
+	@$(BIN)/linerate bench list
+
+$(PEERS)/.ready: bench/peers.txt | $(STAMP)
+	@echo "setting up $(PEERS) (half a minute to some minutes, by your network) ..."
+	@test -x $(PEERS)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(PEERS)
+	@$(BIN)/uv pip sync --quiet --python $(PEERS)/bin/python bench/peers.txt
+	@touch $@
+
 gpu: ## on a machine with a CUDA device, offline: its tests and benchmarks, 9 minutes at most; results in OUT
 	@mkdir -p $(OUT)
 	@$(GPU_PYTHON) -c 'import torch, torchvision, timm, tyro, rich, pyarrow, xxhash, pytest' || \
@@ -63,10 +73,12 @@ ffcv: $(STAMP) ## the ffcv extra, which compiles against OpenCV and libturbojpeg
 	  { echo "ffcv needs headers; bring them with: apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++ python3-dev"; exit 2; }
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt ffcv==1.0.2
 
-lock: $(STAMP) ## requirements.txt anew from pyproject.toml, for Python 3.11 to 3.13
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
-	  --no-annotate --extra dev --extra s3 --extra ray --output-file requirements.txt pyproject.toml
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate
+lock: $(STAMP) ## requirements.txt and bench/peers.txt anew, for Python 3.11 to 3.13
+	@$(LOCK) --extra dev --extra s3 --extra ray --output-file requirements.txt pyproject.toml
+	@grep -E '^(pillow|rich|timm|torch|torchvision)==' requirements.txt | \
+	  $(LOCK) --constraint - --output-file bench/peers.txt bench/peers.in
 
 clean: ## remove what make and the tools made, .venv included
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/linerate.egg-info demo gpu-results
+	@rm -rf .venv $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/linerate.egg-info demo gpu-results
 	@find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from linerate.shards.errors import UserError
@@ -289,27 +290,32 @@ def main_scale(argv: list[str]) -> int:
 
 
 def main_list(argv: list[str]) -> int:
-    """Name every benchmark with its work and its peers, and which peers are missing."""
+    """Name every benchmark with its work and its peers, which of them are missing, and what brings those."""
     config = parse_args(ListConfig, argv, prog="linerate bench list")
-    from linerate.bench.contest import missing_peer
+    from linerate.bench.peers import missing_peer
     from linerate.bench.registry import BENCHMARKS, SUITES
 
-    missing = {name: [p for p in b.peers if missing_peer(p)] for name, b in BENCHMARKS.items()}
+    peers = dict.fromkeys(peer for b in BENCHMARKS.values() for peer in b.peers)
+    lines = {peer: line for peer in peers if (line := missing_peer(peer))}
+    missing = {name: [p for p in b.peers if p in lines] for name, b in BENCHMARKS.items()}
     if config.json:
         rows = {
             name: {"about": b.about, "peers": b.peers, "missing": missing[name]}
             for name, b in BENCHMARKS.items()
         }
-        emit_json({"benchmarks": rows, "suites": {name: suite.about for name, suite in SUITES.items()}})
+        about = {name: suite.about for name, suite in SUITES.items()}
+        emit_json({"benchmarks": rows, "missing": lines, "suites": about})
         return 0
     table = Table(box=None, padding=(0, 2), title="benchmarks", title_justify="left")
     for header in ("name", "work", "peers"):
         table.add_column(header)
     for name, benchmark in BENCHMARKS.items():
-        peers = [f"[yellow]{p} (missing)[/]" if p in missing[name] else p for p in benchmark.peers]
-        table.add_row(f"[bold cyan]{name}[/]", benchmark.about, ", ".join(peers) or "-")
+        named = [f"[yellow]{p} (missing)[/]" if p in missing[name] else p for p in benchmark.peers]
+        table.add_row(f"[bold cyan]{name}[/]", benchmark.about, ", ".join(named) or "-")
     console = Console()
     console.print(table)
+    for line in lines.values():
+        console.print(f"[yellow]missing[/]: {escape(line)}", highlight=False)
     for name, suite in SUITES.items():
         console.print(f"--suite [bold cyan]{name}[/]: {suite.about}", highlight=False)
     return 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,13 +123,6 @@ class Count:
     bar: Bar | None = None
     ranks: int | None = None
     note: str | None = None
-
-
-def missing_peer(module: str, *, distribution: str | None = None) -> str | None:
-    """None where `module` is installed, else a line that names it and says how to bring it."""
-    if importlib.util.find_spec(module) is not None:
-        return None
-    return f"{module} is not installed; bring it with: pip install {distribution or module}"
 
 
 def run_contest(name: str, contest: Contest | Count | Record, *, setting: Setting, suite: str) -> Record:

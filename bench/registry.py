@@ -42,7 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pack": Benchmark(
         "shards:bench_pack",
         "folder of 110 KB JPEGs -> shards; also against `cat`, and two processes against one",
-        ("webdataset",),
+        ("webdataset", "streaming", "litdata"),
     ),
     "pack-small": Benchmark("shards:bench_pack_small", "the same with JPEGs of 5 KB", ("webdataset",)),
     "pack-full": Benchmark(
@@ -59,9 +59,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "plan:bench_plan", "filter, shuffle and task lists of 50 M rows; also with dedup; memory counted"
     ),
     "read": Benchmark(
-        "shards:bench_read",
+        "read:bench_read",
         "an epoch of samples in shuffled order from local shards, no decode",
-        ("webdataset",),
+        ("webdataset", "streaming", "litdata"),
     ),
     "read-rss": Benchmark(
         "read_memory:bench_read_rss", "memory of one rank's order and indexes at 940 M samples"
@@ -69,7 +69,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "views": Benchmark(
         "views:bench_views",
         "JPEG bytes -> two 224 px views, one core; with --backends each of them against torch",
-        ("torchvision", "PIL"),
+        ("torchvision", "PIL", "webdataset", "ffcv"),
     ),
     "views-rss": Benchmark(
         "views_memory:bench_views_rss",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from linerate.bench.ceilings import Form, step_ceiling
-from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting, missing_peer
+from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting
 from linerate.bench.floors import StepWork
 from linerate.bench.machine import BAR_GPU, is_bar_gpu
 from linerate.bench.suites import step as steps
 from linerate.bench.suites import train_peers as peers
-from linerate.bench.suites.step_parts import DIM, EMA_MOMENTUM, TEMPERATURE
+from linerate.bench.suites.step_parts import EMA_MOMENTUM, TEMPERATURE
 from linerate.bench.timing import Side
 
 GROUPS = 8
@@ -77,19 +77,6 @@ class Forms:
 
         return self._side(("plain", compiled), make)
 
-    def lightly(self) -> Side:
-        """lightly's parts under bf16 autocast."""
-
-        def make() -> Callable[[Tensor, Tensor], Tensor]:
-            encoder, _ = self._start()
-            num_keys = self.shape.num_keys
-            moco = peers.LightlyMoCo(
-                encoder, num_keys=num_keys, dim=DIM, temperature=TEMPERATURE, lr=steps.LR
-            )
-            return partial(moco.step, ema_momentum=EMA_MOMENTUM, autocast=True)
-
-        return self._side("lightly", make)
-
     def _start(self) -> Any:
         return steps.start(self.shape.encoder, num_keys=self.shape.num_keys, device=self.shape.device)
 
@@ -118,16 +105,15 @@ def bench_step_on_gpu(setting: Setting) -> Iterator[Contest | Count]:
         agree=agree,
         **about,
     )
-    lightly = missing_peer("lightly")
-    yield Contest(
-        peer="lightly",
+    yield from steps.against_lightly(
+        eager,
+        {"encoder": shape.encoder, "size": shape.size, "batch": shape.batch, "num_keys": shape.num_keys},
         work=f"eager: {shape}, groups=1",
-        ours=eager,
-        theirs=None if lightly else forms.lightly(),
-        missing=lightly,
+        autocast=True,
+        device=shape.device,
+        curve=_small_curve(shape),
         bar=Bar(2.0, full_size=full_size),
-        note="lightly's own loss and shuffle, NCHW, no scheduler; its queue starts with other random rows",
-        **about,
+        ceiling=about["ceiling"],
     )
     yield from _groups(forms, compiled=False, about=about, full_size=full_size)
     about["ceiling"] = ceiling_of(shape, "compiled")
@@ -213,12 +199,7 @@ def shape_of(setting: Setting, *, batch: int) -> Shape:
 def _same_curve(shape: Shape) -> str:
     """Equality in float64, on a batch that float64 has memory for."""
     return steps.require_same_losses(
-        shape.encoder,
-        num_keys=min(shape.num_keys, 4096),
-        size=shape.size,
-        batch=min(shape.batch, 16),
-        steps=3,
-        device=shape.device,
+        shape.encoder, size=shape.size, steps=3, device=shape.device, **_small_curve(shape)
     )
 
 
@@ -232,3 +213,7 @@ def ceiling_of(shape: Shape, form: Form) -> Ceiling:
 def _work_of(shape: Shape) -> StepWork:
     sizes = {"size": shape.size, "batch": shape.batch, "num_keys": shape.num_keys}
     return steps.floor_work(shape.encoder, autocast=True, **sizes)
+
+
+def _small_curve(shape: Shape) -> dict[str, int]:
+    return {"num_keys": min(shape.num_keys, 4096), "batch": min(shape.batch, 16)}

@@ -6,8 +6,9 @@ from functools import partial
 
 import simplejpeg
 
-from linerate.bench.contest import Bar, Ceiling, Contest, Setting, missing_peer
+from linerate.bench.contest import Bar, Ceiling, Contest, Setting
 from linerate.bench.images import ImageFolder
+from linerate.bench.peers import missing_peer, open_peer
 from linerate.bench.suites import shard_resizers as peers
 from linerate.bench.suites.shard_peers import load_with_pillow
 from linerate.bench.suites.shards import against_shard_writer, pack_images, pack_work, remove, scratch_images
@@ -68,7 +69,7 @@ def _against_img2dataset(
     setting: Setting, images: ImageFolder, options: PackOptions, *, work: str, bar: float
 ) -> Iterator[Contest]:
     """One contest: shrinking where the options do, else its `skip_reencode`, which decodes as a check."""
-    python = peers.img2dataset_python()
+    missing = missing_peer("img2dataset")
     job = {
         "files": [os.fspath(path) for path in images.files],
         "labels": list(images.labels),
@@ -89,11 +90,11 @@ def _against_img2dataset(
         ),
         note="its decode, resize and writer alone: neither downloads nor the hashes and EXIF that it reads",
     )
-    if python is None:
-        yield contest(run_theirs=None, missing=peers.MISSING_IMG2DATASET)
+    if missing:
+        yield contest(run_theirs=None, missing=missing)
         return
-    with peers.img2dataset_worker(python) as run:
-        yield contest(run_theirs=lambda: run(job), missing=None)
+    with open_peer("img2dataset") as ask:
+        yield contest(run_theirs=lambda: ask("write_img2dataset", **job), missing=None)
 
 
 def _contest(

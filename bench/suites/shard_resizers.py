@@ -1,14 +1,9 @@
-"""What shrinks images for shards elsewhere: Pillow + webdataset here, img2dataset in a process of its own."""
+"""Images shrunk for shards by Pillow + webdataset, and how far shrunk images lie from a peer's."""
 
-import contextlib
-import importlib.util
 import io
-import json
 import os
-import subprocess
-import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +13,6 @@ from linerate.bench.contest import Disagreement
 from linerate.bench.images import ImageFolder
 from linerate.shards.catalog import Catalog
 from linerate.shards.reencode import target_size
-
-PEERS_PYTHON = "LINERATE_BENCH_PEERS"
 
 
 def shrink_with_pillow(jpeg: bytes, *, resize: int, quality: int) -> bytes:
@@ -44,56 +37,6 @@ def write_shrunk(images: ImageFolder, out: Path, *, resize: int, quality: int) -
         for index, (path, label) in enumerate(zip(images.files, images.labels, strict=True)):
             jpeg = shrink_with_pillow(path.read_bytes(), resize=resize, quality=quality)
             writer.write({"__key__": f"{index:012d}", "jpg": jpeg, "cls": label})
-
-
-def img2dataset_python() -> str | None:
-    """The python that has img2dataset: the one that the environment variable names, or this one."""
-    if named := os.environ.get(PEERS_PYTHON):
-        return named
-    return sys.executable if importlib.util.find_spec("img2dataset") else None
-
-
-MISSING_IMG2DATASET = (
-    f"img2dataset is not installed; bring it with: pip install img2dataset, in an environment of its own "
-    f"whose python {PEERS_PYTHON} names"
-)
-
-
-@contextlib.contextmanager
-def img2dataset_worker(python: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
-    """A process that writes a shard for each job it is given; img2dataset is loaded by the first.
-
-    The function that comes back raises Disagreement with what img2dataset says where it fails.
-    """
-    script = Path(__file__).with_name("img2dataset_worker.py")
-    with subprocess.Popen(
-        [python, os.fspath(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},  # it would ask the network
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        jobs, answers = process.stdin, process.stdout
-
-        def run(job: Mapping[str, object]) -> None:
-            try:
-                jobs.write(json.dumps(job) + "\n")
-                jobs.flush()
-                answer = answers.readline()
-            except BrokenPipeError:
-                answer = ""
-            said = json.loads(answer) if answer else f"{python} ended"
-            if said != "done":
-                raise Disagreement(f"img2dataset wrote no shard: {said}")
-
-        try:
-            yield run
-        finally:
-            with contextlib.suppress(BrokenPipeError):  # what an ended process did not read
-                jobs.close()
-            process.kill()
 
 
 def require_alike(

@@ -1,6 +1,6 @@
-"""Packing and reading shards, on one core, with inputs and outputs in the scratch folder (tmpfs if there is).
+"""Packing shards, on one core, with inputs and outputs in the scratch folder (tmpfs if there is).
 
-Peers are what people use today: webdataset's ShardWriter and its loader, `cat`, Pillow's load as a check.
+Peers are what people use today: webdataset's ShardWriter, `cat`, Pillow's load as a check.
 """
 
 import dataclasses
@@ -11,22 +11,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from linerate.bench.contest import Bar, Ceiling, Contest, Disagreement, Setting, missing_peer
+from linerate.bench.contest import Bar, Ceiling, Contest, Disagreement, Setting
 from linerate.bench.images import ImageFolder, copy_folder, load_images
+from linerate.bench.peers import missing_peer
 from linerate.bench.suites.shard_peers import (
-    batched,
     copy_and_hash,
-    iterate_webdataset,
-    pread_all,
     require_same_samples,
     tar_samples,
     write_with_webdataset,
 )
+from linerate.bench.suites.stream_peers import against_writers
 from linerate.bench.timing import Side, one_core
-from linerate.pipeline.order import EpochOrder, default_num_lanes
-from linerate.pipeline.reader import ShardReader
 from linerate.shards.catalog import Catalog
 from linerate.shards.options import PackOptions
 from linerate.shards.pack import pack
@@ -90,6 +85,26 @@ def _pack_contests(setting: Setting, images: ImageFolder, *, full_size: bool) ->
         bar=Bar(0.7, full_size=full_size),
         ceiling=bare_loop(images, joined),
         note="listing and planning are in our time, starting xargs and cat in theirs",
+    )
+    yield from against_stream_writers(setting, images)
+
+
+def against_stream_writers(setting: Setting, images: ImageFolder) -> Iterator[Contest]:
+    """The writers of other formats, on the core that the caller has."""
+    ours = setting.scratch / "ours"
+
+    def our_samples() -> list[tuple[bytes, int]]:
+        pack_images(images, ours, ONE_SHARD)
+        return tar_samples(ours)
+
+    yield from against_writers(
+        images,
+        setting.scratch,
+        ours=Side(run=lambda: pack_images(images, ours, ONE_SHARD), prepare=lambda: remove(ours)),
+        our_samples=our_samples,
+        work=pack_work(images, ONE_SHARD),
+        unit="images/s",
+        amount=len(images.files),
     )
 
 
@@ -191,57 +206,6 @@ def two_processes(setting: Setting, images: ImageFolder) -> Contest:
         no_ceiling="twice one process is 2x",
         note="starting the worker processes is in both times",
     )
-
-
-def bench_read(setting: Setting) -> Iterator[Contest]:
-    """An epoch of encoded samples in shuffled order, bytes copied into the batch; no decode."""
-    num_images, batch = setting.pick(tiny=(40, 8), quick=(512, 64), full=(4096, 256))
-    images = scratch_images(setting, num_images, multiple_of=batch)
-    catalog = pack(images.root, setting.scratch / "shards", num_workers=0)
-    order = EpochOrder(
-        catalog.shard_sizes, seed=0, epoch=0, global_batch=batch, num_lanes=default_num_lanes(batch)
-    )
-    reader = ShardReader(catalog)
-    num_samples = order.num_steps * batch
-    urls = [os.fspath(catalog.shard_path(shard)) for shard in range(catalog.num_shards)]
-    missing = missing_peer("webdataset")
-
-    def read_ours() -> None:
-        for step in range(order.num_steps):
-            reader.read(order.positions(step))
-
-    def read_theirs() -> None:
-        for samples in batched(iterate_webdataset(urls), batch):
-            np.frombuffer(b"".join(jpeg for jpeg, _ in samples), dtype=np.uint8)
-
-    def agree() -> str:
-        batches = (reader.read(order.positions(step)) for step in range(order.num_steps))
-        ours = [(one.jpegs[i].tobytes(), int(one.label[i])) for one in batches for i in range(len(one.jpegs))]
-        theirs = list(iterate_webdataset(urls))
-        return require_same_samples(ours, theirs, may_leave_out=order.num_dropped)
-
-    where = [
-        (catalog.shard_path(shard), index.offset.tolist(), index.size.tolist())
-        for shard in range(catalog.num_shards)
-        for index in [catalog.shard_index(shard)]
-    ]
-    with one_core():
-        yield Contest(
-            peer="webdataset, shardshuffle + shuffle(1000)",
-            work=f"{num_samples:,} JPEGs of {images.mean_kb} KB from {catalog.num_shards} shards, "
-            f"batches of {batch}, one core",
-            unit="images/s",
-            amount=num_samples,
-            ours=Side(run=read_ours),
-            theirs=None if missing else Side(run=read_theirs),
-            missing=missing,
-            agree=agree,
-            bar=Bar(3.0, full_size=setting.size == "full"),
-            ceiling=Ceiling(
-                name="bare pread", side=Side(run=lambda: pread_all(where)), amount=catalog.num_samples
-            ),
-        )
-    reader.close()
 
 
 def scratch_images(setting: Setting, num_images: int, *, multiple_of: int = 1) -> ImageFolder:

@@ -1,8 +1,10 @@
 """The whole MoCo step against plain torch: time on this CPU, counts of any device. On a GPU: gpu_step.py."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import linerate.train.step as train
 from linerate.bench.ceilings import step_ceiling
-from linerate.bench.contest import Bar, Contest, Count, Setting
+from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting
 from linerate.bench.counting import OpCounter
 from linerate.bench.floors import StepWork, count_step
+from linerate.bench.peers import missing_peer, open_peer
 from linerate.bench.suites import train_peers as peers
 from linerate.bench.suites.step_parts import (
     DIM,
@@ -27,6 +30,7 @@ from linerate.train.encoder import Encoder, build_encoder
 from linerate.train.key_queue import KeyQueue
 
 LR = 0.03
+NUM_CURVE_STEPS = 5
 
 
 def bench_step(setting: Setting) -> Iterator[Contest | Count]:
@@ -54,8 +58,66 @@ def bench_step(setting: Setting) -> Iterator[Contest | Count]:
         agree=lambda: require_same_losses(name, num_keys=num_keys, size=size, batch=batch),
         ceiling=step_ceiling(work, device="cpu", dtype=torch.float32, small=setting.size == "tiny"),
     )
+    yield from against_lightly(
+        Side(run=lambda: ours(*views)),
+        {"encoder": name, "num_keys": num_keys, "size": size, "batch": batch},
+        autocast=False,
+        work=f"{name}, {size} px, b{batch}, K={num_keys}, fp32, groups=1, {name_threads()}",
+    )
     shape = setting.pick(tiny=small, quick=("resnet50", 224, 256, 65536), full=("resnet50", 224, 256, 65536))
     yield from _count_step(*shape, full_size=setting.size != "tiny")
+
+
+def against_lightly(
+    ours: Side,
+    shape: Mapping[str, Any],
+    *,
+    work: str,
+    autocast: bool,
+    device: str = "cpu",
+    curve: Mapping[str, Any] | None = None,
+    bar: Bar | None = None,
+    ceiling: Ceiling | None = None,
+) -> Iterator[Contest]:
+    """One contest against lightly's parts, which work in a process of their own.
+
+    shape: `encoder`, `size`, `batch`, `num_keys` of both sides. curve: what to take instead of those where
+    the losses are compared, since that is done in float64.
+    """
+    missing = missing_peer("lightly")
+    how = {"device": device, "num_threads": torch.get_num_threads()}
+    with contextlib.ExitStack() as opened:
+        ask = None if missing else opened.enter_context(open_peer("lightly"))
+
+        def agree() -> str:
+            assert ask is not None
+            small = {**shape, **(curve or {})}
+            theirs = ask("lightly_losses", **small, **how, autocast=False, steps=NUM_CURVE_STEPS)
+            start_ours = start(
+                small["encoder"], num_keys=small["num_keys"], dtype=torch.float64, device=device
+            )
+            run = our_step(*start_ours).run
+            views = curve_views(NUM_CURVE_STEPS, small["batch"], small["size"], device=device)
+            return require_close(
+                [run(*pair).cpu() for pair in views],
+                [torch.tensor(loss, dtype=torch.float64) for loss in theirs],
+                what=f"the losses of {NUM_CURVE_STEPS} steps in float64",
+                atol=1e-3,
+            )
+
+        yield Contest(
+            peer="lightly",
+            work=work,
+            unit="pairs/s",
+            amount=shape["batch"],
+            ours=ours,
+            theirs=Side(run=lambda: ask("lightly_step", **shape, **how, autocast=autocast)) if ask else None,
+            missing=missing,
+            agree=agree,
+            bar=bar,
+            ceiling=ceiling,
+            note="lightly's own loss and shuffle, in a process of its own; NCHW and no scheduler",
+        )
 
 
 def _count_step(
@@ -188,7 +250,7 @@ def our_step(
 
 
 def require_same_losses(
-    name: str, *, num_keys: int, size: int, batch: int, steps: int = 5, device: str = "cpu"
+    name: str, *, num_keys: int, size: int, batch: int, steps: int = NUM_CURVE_STEPS, device: str = "cpu"
 ) -> str:
     """What was found equal. Raises Disagreement where the loss curves part, from the same start.
 
@@ -198,11 +260,16 @@ def require_same_losses(
     """
     ours, theirs = build_sides(name, num_keys=num_keys, dtype=torch.float64, device=device)
     curves: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for step in range(steps):
-        views = [random_views(batch, size, seed=10 * step + view, device=device) for view in (0, 1)]
+    for views in curve_views(steps, batch, size, device=device):
         curves[0].append(ours(*views))
         curves[1].append(theirs.step(*views))
     return require_close(*curves, what=f"the losses of {steps} steps in float64", atol=1e-3)
+
+
+def curve_views(steps: int, batch: int, size: int, *, device: str = "cpu") -> Iterator[list[Tensor]]:
+    """Query and key views of each step of a loss curve, the same on every call."""
+    for step in range(steps):
+        yield [random_views(batch, size, seed=10 * step + view, device=device) for view in (0, 1)]
 
 
 def random_views(batch: int, size: int, *, seed: int, device: str = "cpu") -> Tensor:

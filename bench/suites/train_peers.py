@@ -129,32 +129,46 @@ class PlainMoCo:
 class LightlyMoCo:
     """The step of lightly's parts, as its MoCo example puts them together."""
 
-    def __init__(self, encoder: nn.Module, *, num_keys: int, dim: int, temperature: float, lr: float) -> None:
-        """encoder: (N, 3, S, S) normalised floats -> (N, C), on its device; copied twice."""
+    def __init__(
+        self,
+        encoder: nn.Module,
+        keys: Tensor,
+        *,
+        temperature: float,
+        ema_momentum: float,
+        lr: float,
+        autocast: bool,
+    ) -> None:
+        """encoder: (N, 3, S, S) normalised floats -> (N, C); copied twice. keys: (K, C), copied.
+
+        Both on one device, of one dtype.
+        """
         from lightly.loss import NTXentLoss
         from lightly.models.utils import deactivate_requires_grad
 
         self.query_encoder, self.key_encoder = copy.deepcopy(encoder), copy.deepcopy(encoder)
         deactivate_requires_grad(self.key_encoder)
-        self.device = next(self.query_encoder.parameters()).device
-        self.criterion = NTXentLoss(temperature=temperature, memory_bank_size=(num_keys, dim)).to(self.device)
+        self.criterion = NTXentLoss(temperature=temperature, memory_bank_size=tuple(keys.shape))
+        self.criterion.to(keys.device)
+        self.criterion.memory_bank.bank = keys.clone()
+        self.ema_momentum, self.autocast = ema_momentum, autocast
         self.optimizer = torch.optim.SGD(
             self.query_encoder.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4
         )
-        self.mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
+        self.dtype = keys.dtype
+        like: dict[str, Any] = {"dtype": self.dtype, "device": keys.device}
+        self.mean = torch.tensor(IMAGENET_MEAN, **like).view(1, 3, 1, 1)
+        self.std = torch.tensor(IMAGENET_STD, **like).view(1, 3, 1, 1)
 
-    def step(
-        self, query_images: Tensor, key_images: Tensor, *, ema_momentum: float, autocast: bool
-    ) -> Tensor:
+    def step(self, query_images: Tensor, key_images: Tensor) -> Tensor:
         """The loss of one iteration on (N, 3, S, S) uint8 views."""
         from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 
-        update_momentum(self.query_encoder, self.key_encoder, m=ema_momentum)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            query = self.query_encoder((query_images / 255 - self.mean) / self.std)
+        update_momentum(self.query_encoder, self.key_encoder, m=self.ema_momentum)
+        with torch.autocast(query_images.device.type, torch.bfloat16, enabled=self.autocast):
+            query = self.query_encoder(self.normalise(query_images))
             with torch.no_grad():
-                shuffled, order = batch_shuffle((key_images / 255 - self.mean) / self.std)
+                shuffled, order = batch_shuffle(self.normalise(key_images))
                 key = batch_unshuffle(self.key_encoder(shuffled), order)
             loss = self.criterion(query, key.detach())
         self.optimizer.zero_grad()
@@ -162,3 +176,7 @@ class LightlyMoCo:
         self.optimizer.step()
         detached: Tensor = loss.detach()
         return detached
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """ToTensor and Normalize on a batch."""
+        return (images.to(self.dtype) / 255 - self.mean) / self.std

@@ -9,9 +9,9 @@ from linerate.bench.contest import (
     Count,
     Disagreement,
     Setting,
-    missing_peer,
     run_contest,
 )
+from linerate.bench.peers import missing_peer
 from linerate.bench.timing import Side
 
 
@@ -73,8 +73,8 @@ def test_sides_that_disagree_are_refused_before_anything_is_timed(setting: Setti
 
 
 def test_a_missing_peer_is_named_and_ours_is_still_measured(setting: Setting):
-    missing = missing_peer("no_such_peer_module", distribution="no-such-peer")
-    assert missing == "no_such_peer_module is not installed; bring it with: pip install no-such-peer"
+    missing = missing_peer("no_such_peer")
+    assert missing == "no_such_peer is not installed; bring it with: pip install no_such_peer"
     record = run_contest("squares", contest(theirs=None, missing=missing), setting=setting, suite="quick")
     assert record.missing == missing
     assert record.ours > 0

@@ -148,32 +148,50 @@ def test_an_append_killed_anywhere_is_whole_after_the_same_command(
     whole = Path(shutil.copytree(out, tmp_path / "whole"))
     options = PackOptions(seed=7, shard_samples=2)
     expected_catalog = pack(more, whole, options=options, num_workers=0, append=True)
-    # It kills itself at the n-th rename or removal: of plan, base, shards, tables, catalog and work folder.
-    script = (
-        "import os, shutil, signal, sys; from pathlib import Path\n"
-        "from linerate.shards.pack import pack, PackOptions\n"
-        "left = int(sys.argv[3])\n"
-        "def counted(what):\n"
-        "    def run(*args, **more):\n"
-        "        global left\n"
-        "        left -= 1\n"
-        "        if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return what(*args, **more)\n"
-        "    return run\n"
-        "Path.replace = counted(Path.replace); Path.unlink = counted(Path.unlink)\n"
-        "shutil.rmtree = counted(shutil.rmtree)\n"
-        "pack(sys.argv[1], sys.argv[2], options=PackOptions(seed=7, shard_samples=2), num_workers=0, "
-        "append=True)"
-    )
-    argv = [sys.executable, "-c", script, str(more), str(out)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for step in (3, 6, 9, 20, 29, 30, 31, 32, 33, 34, 35):
-        code = subprocess.run([*argv, str(step)], env=env, check=False).returncode
-        found = Catalog.load(out)  # readable at every moment: before or after, nothing in between
-        assert found.num_samples in (40, 52)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
+    # Forks of one process kill themselves at the n-th rename or removal: of plan, base, shards, tables,
+    # catalog and work folder. It reads a number a line and answers with how the fork ended.
+    script = """
+import os, shutil, signal, sys
+from pathlib import Path
+from linerate.shards.pack import pack, PackOptions
+
+def counted(what):
+    def run(*args, **more):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return what(*args, **more)
+    return run
+
+Path.replace, Path.unlink, shutil.rmtree = map(counted, (Path.replace, Path.unlink, shutil.rmtree))
+for line in sys.stdin:
+    left, code = int(line), 1
+    if not (child := os.fork()):
+        try:
+            options = PackOptions(seed=7, shard_samples=2)
+            pack(sys.argv[1], sys.argv[2], options=options, num_workers=0, append=True)
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(more), str(out)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for step in (3, 6, 9, 20, 29, 30, 31, 32, 33, 34, 35):
+            print(step, file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            found = Catalog.load(out)  # readable at every moment: before or after, nothing in between
+            assert found.num_samples in (40, 52)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+        process.stdin.close()
     pack(more, out, options=options, num_workers=0, append=True)
     assert read_all(out) == read_all(whole)
     assert Catalog.load(out).plan_id == expected_catalog.plan_id

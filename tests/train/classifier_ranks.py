@@ -1,6 +1,5 @@
-"""Run by torchrun: both protocols on this many ranks. python classifier_ranks.py TRAIN TEST OUT"""
+"""Both protocols on two ranks; see rank_server.py."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ def run_both(train: Catalog, test: Catalog, out: Path) -> list[dict]:
     return [{"world_size": one.world_size, **one.results[0]} for one in outcomes]
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    found = run_both(Catalog.load(sys.argv[1]), Catalog.load(sys.argv[2]), Path(sys.argv[3]))
+def main(train: str, test: str, out: str) -> None:
+    found = run_both(Catalog.load(train), Catalog.load(test), Path(out))
     assert {one["world_size"] for one in found} == {2}

@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.train.rank_server import RankServer, rank_server
 
 from linerate.shards.catalog import Catalog
 from linerate.shards.pack import pack
@@ -50,3 +52,10 @@ def unlabelled_shards(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     root = tmp_path_factory.mktemp("unlabelled")
     images = draw_images(root / "images", per_class=8, labelled=False)
     return pack(images, root / "shards", num_workers=0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankServer]:
+    """Starts runs on many ranks."""
+    with rank_server() as server:
+        yield server

@@ -1,20 +1,19 @@
-"""Run by torchrun: the toy transfer and a small detector, on as many ranks as there are.
+"""The toy transfer and a small detector, on as many ranks as there are; see rank_server.py."""
 
-python detect_ranks_worker.py TOY_FOLDER RUN VOC OUT
-"""
-
-import sys
 from pathlib import Path
 
 import torch
 from tests.train.detect_toy import Points, toy_job, toy_options
 
-from linerate.__main__ import main
+from linerate.__main__ import main as command
 from linerate.train.evaluate.detect.loop import open_ranks, run_job
 
-torch.set_num_threads(1)
-toy, run, voc, out = map(Path, sys.argv[1:])
-run_job(toy_job(Points(), noise=0.0), toy_options(), folder=toy, accelerator=open_ranks())
-words = ["eval", "detect", str(run), "--data", str(voc), "--format", "voc", "--out", str(out), "--batch", "2"]
-words += ["--short-side", "64", "--rois", "8", "--proposals", "8", "--iterations", "2", "--precise-bn", "1"]
-sys.exit(main(words))
+
+def main(toy: str, run: str, voc: str, out: str) -> int:
+    """The exit code of the rank's `linerate eval detect`."""
+    torch.set_num_threads(1)
+    job, options = toy_job(Points(), noise=0.0), toy_options()
+    run_job(job, options, folder=Path(toy), accelerator=open_ranks())
+    words = ["eval", "detect", run, "--data", voc, "--format", "voc", "--out", out, "--batch", "2"]
+    words += ["--short-side", "64", "--rois", "8", "--proposals", "8", "--iterations", "2"]
+    return command([*words, "--precise-bn", "1"])

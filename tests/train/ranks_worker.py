@@ -1,11 +1,7 @@
-"""Run by torchrun: a rank asserts that many ranks do what one device does, and writes one line if so.
-
-python ranks_worker.py WORLD_SIZE OUT
-"""
+"""A rank asserts that many ranks do what one device does, and writes one line if so; see rank_server.py."""
 
 import copy
 import importlib.util
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -290,7 +286,8 @@ def check_memory_bank(rank: int, world_size: int, traffic: Traffic, *, loss: Any
     assert torch.equal(bank.bank[:-1], whole[bank.first :][: bank.num_rows])
 
 
-def main(world_size: int, out: Path) -> None:
+def main(number: str, out: str) -> None:
+    world_size = int(number)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group("gloo")
@@ -311,8 +308,4 @@ def main(world_size: int, out: Path) -> None:
     check_memory_bank(rank, world_size, traffic, loss="nce")
     dist.barrier()
     dist.destroy_process_group()
-    (out / f"rank-{rank}.txt").write_text(f"rank {rank} of {world_size} agrees")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    (Path(out) / f"rank-{rank}.txt").write_text(f"rank {rank} of {world_size} agrees")

@@ -1,13 +1,12 @@
-"""Run by torchrun: whole runs on many ranks, one after another, and what a step of them sends.
+"""A rank's part of whole runs, one after another, and what a step of them sends; see rank_server.py.
 
-python run_worker.py SHARDS OUT SCENARIO ...; each rank writes OUT/rank-N.json. Starting it costs most.
+Each rank writes OUT/rank-N.json.
 """
 
 import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -171,7 +170,8 @@ def saving(shards: str, run: Path, rank: int) -> dict[str, Any]:
 SCENARIOS = {"whole": whole, "moved": moved, "waiting": waiting, "judging": judging, "saving": saving}
 
 
-def main(shards: str, out: Path, names: list[str]) -> None:
+def main(shards: str, folder: str, *names: str) -> None:
+    out = Path(folder)
     torch.set_num_threads(1)
     # It ends the process group with the run; here the next run needs it.
     Accelerator.end_training = lambda self: None
@@ -179,7 +179,3 @@ def main(shards: str, out: Path, names: list[str]) -> None:
     found = {name: SCENARIOS[name](shards, out / name, rank) for name in names}
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

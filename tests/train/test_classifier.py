@@ -2,10 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from tests.train.classifier_ranks import run_both
+from tests.train.rank_server import RankServer
 from tests.train.small import SMALL
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import linerate
 from linerate.pipeline.loader import open_training_images
 from linerate.pipeline.recipe import crop_and_flip
 from linerate.shards.catalog import Catalog
@@ -373,18 +370,13 @@ def test_a_probe_ranks_a_trained_encoder_above_an_untrained_one(
     assert outcome.results[0]["top1_std"] is not None
 
 
-def test_two_ranks_give_the_curves_of_one(shards: Catalog, test_shards: Catalog, tmp_path: Path) -> None:
+def test_two_ranks_give_the_curves_of_one(
+    shards: Catalog, test_shards: Catalog, ranks: RankServer, tmp_path: Path
+) -> None:
     """Losses to 1e-4 and weights to 1e-3: sums are taken in another order, and BN groups of 4 amplify it."""
     run_both(shards, test_shards, tmp_path / "one")
-    worker = Path(__file__).with_name("classifier_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(worker)]
-    command += [str(shards.root), str(test_shards.root), str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(linerate.__file__).parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    words = (shards.root, test_shards.root, tmp_path / "two")
+    ranks.run("tests.train.classifier_ranks", *words, world_size=2, out=tmp_path).require_success()
     for protocol in ("linear", "finetune"):
         one, two = (tmp_path / name / protocol for name in ("one", "two"))
         for line, other in zip(_history(one), _history(two), strict=True):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +6,7 @@ import pytest
 import torch
 from tests.train.detect_data import write_run, write_voc
 from tests.train.detect_toy import Points, toy_job, toy_options
+from tests.train.rank_server import RankServer
 
 from linerate.shards.errors import UserError
 from linerate.train.evaluate.detect.batches import BatchOrder, Item, judged_items, train_batches
@@ -21,8 +19,6 @@ from linerate.train.evaluate.detect.transfer_folder import (
     load_state,
     save_state,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 def _run(source: Points, folder: Path, **more: Any) -> dict[str, float]:
@@ -198,27 +194,14 @@ def test_what_cannot_be_written_or_read_is_told_and_the_old_checkpoint_stays(
     cut_log(tmp_path / "nothing", done=3)
 
 
-def test_two_ranks_do_what_one_does_and_judge_every_image_once(tmp_path: Path) -> None:
+def test_two_ranks_do_what_one_does_and_judge_every_image_once(ranks: RankServer, tmp_path: Path) -> None:
     """Their BN statistics are synchronised: the toy's weights are those of one rank with the whole batch."""
     run_job(toy_job(Points(), noise=0.0), toy_options(), folder=tmp_path / "one", accelerator=open_ranks())
     run = write_run(tmp_path / "run")
     voc = write_voc(tmp_path / "voc", {"trainval": [0, 1, 2], "test": [3, 4, 5]})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("detect_ranks_worker.py")), str(tmp_path / "two")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
-    }
-    done = subprocess.run(
-        [*command, str(run), str(voc), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = (tmp_path / "two", run, voc, tmp_path / "out")
+    end = ranks.run("tests.train.detect_ranks_worker", *words, world_size=2, out=tmp_path)
+    end.require_success()
     one, two = (load_state(tmp_path / name) for name in ("one", "two"))
     assert one is not None
     assert two is not None
@@ -228,4 +211,4 @@ def test_two_ranks_do_what_one_does_and_judge_every_image_once(tmp_path: Path) -
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["mean"]["images_judged"] == 3
-    assert done.stdout.count("AP50") == 1
+    assert [text.count("AP50") for text in end.outputs] == [1, 0]

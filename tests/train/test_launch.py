@@ -162,6 +162,16 @@ def test_accelerate_launch_runs_the_command_and_one_process_for_two_is_told(
     assert _losses(tmp_path / "run") == _losses(tmp_path / "alone")
 
 
+def test_torchrun_runs_the_command_on_two_ranks(shards: Catalog, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    flags = ("--backend", "torch", "--iterations", "2", "--json")
+    done = _run(_command(shards, tmp_path / "run", *flags), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["step"], summary["finished"], summary["world_size"]) == (2, True, 2)
+    assert RunFolder(tmp_path / "run").load_log("note") == []
+
+
 def test_a_launcher_that_starts_what_it_was_asked_for_is_not_remarked_on() -> None:
     asked = ["python", "/usr/bin/accelerate", "launch", "--num_processes=2", "-m", "linerate"]
     assert launch_note(2, command=asked) is None

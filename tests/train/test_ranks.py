@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.train.rank_server import RankServer
 from tests.train.small import SMALL, small
 
 from linerate.shards.catalog import Catalog
@@ -18,7 +17,7 @@ from linerate.train.checkpoint import list_checkpoints, load_newest
 from linerate.train.pretrain import pretrain
 from linerate.train.run_folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
+WORKER = "tests.train.run_worker"
 Found = dict[str, dict[str, Any]]
 # Sums in another order, over a few steps: the bound on the relative difference of a loss.
 LOSS_BOUND = 1e-4
@@ -26,18 +25,6 @@ LOSS_BOUND = 1e-4
 
 def _losses(run: Path) -> list[float]:
     return [line["loss"] for line in RunFolder(run).load_log("step")]
-
-
-def _torchrun(world_size: int, *words: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world_size), str(Path(__file__).with_name("run_worker.py")), *words]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 def _begin_alone(shards: Catalog, run: Path) -> None:
@@ -58,11 +45,14 @@ def alone(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Found]]:
+def two(
+    shards: Catalog, ranks: RankServer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Found]]:
     """All the runs on two ranks, in one start."""
     out = tmp_path_factory.mktemp("two")
     _begin_alone(shards, out / "moved")
-    _torchrun(2, str(shards.root), str(out), "whole", "moved", "waiting", "judging", "saving")
+    names = ("whole", "moved", "waiting", "judging", "saving")
+    ranks.run(WORKER, shards.root, out, *names, world_size=2, out=out).require_success()
     return out, [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -107,9 +97,9 @@ def test_two_ranks_have_the_losses_of_one_by_three_collectives_a_step(
 
 
 def test_four_ranks_have_the_losses_of_one_by_three_collectives_a_step(
-    shards: Catalog, alone: Path, tmp_path: Path
+    shards: Catalog, ranks: RankServer, alone: Path, tmp_path: Path
 ) -> None:
-    _torchrun(4, str(shards.root), str(tmp_path), "whole")
+    ranks.run(WORKER, shards.root, tmp_path, "whole", world_size=4, out=tmp_path).require_success()
     _require_same_losses(tmp_path / "whole", alone)
     _require_same_state(tmp_path / "whole", alone)
     for rank in range(4):

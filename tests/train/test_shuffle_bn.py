@@ -1,11 +1,9 @@
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.train.rank_server import RankServer
 from torch import Tensor, nn
 
 from linerate.shards.errors import UserError
@@ -168,14 +166,9 @@ def test_groups_and_statistics_over_all_ranks_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2])
-def test_ranks_agree_with_groups_on_one_device(world_size: int, tmp_path: Path) -> None:
+def test_ranks_agree_with_groups_on_one_device(world_size: int, ranks: RankServer, tmp_path: Path) -> None:
     """All-to-all = all-gather = groups on one device; the worker asserts it and the world size."""
-    worker = Path(__file__).with_name("ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(worker), str(world_size), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    worker = "tests.train.ranks_worker"
+    ranks.run(worker, world_size, tmp_path, world_size=world_size, out=tmp_path).require_success()
     reports = sorted(path.read_text() for path in tmp_path.glob("rank-*.txt"))
     assert reports == [f"rank {rank} of {world_size} agrees" for rank in range(world_size)]

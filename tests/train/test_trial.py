@@ -4,13 +4,9 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +14,7 @@ import pytest
 import xxhash
 from tests.pipeline.flaky_server import FlakyServer
 from tests.shards.servers import s3_environment
+from tests.train.rank_server import RanksEnd, RankServer
 from tests.train.trial_worker import watched_steps
 
 from linerate.__main__ import main
@@ -29,15 +26,13 @@ from linerate.train.watchdog import EXIT_CODE
 
 s3fs = pytest.importorskip("s3fs")
 
-WORKER = Path(__file__).with_name("trial_worker.py")
+WORKER = "tests.train.trial_worker"
 STEPS, LANES, DIES_AFTER = 8, 4, 4
 FLAGS = [
     *("--encoder", "tiny-resnet-w4", "--size", "16", "--dim", "8", "--num-keys", "40", "--bn-group", "4"),
     *("--global-batch", "16", "--num-lanes", str(LANES), "--lr", "0.05", "--iterations", str(STEPS)),
     *("--loader-threads", "1", "--log-steps", "1", "--checkpoint-steps", "3", "--knn-epochs", "0"),
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": "/nonexistent"}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(sys.path)
 
 
 def poison(bucket: Path) -> tuple[KnownBad, Catalog]:
@@ -96,13 +91,6 @@ def expected(catalog: Catalog, known: KnownBad) -> tuple[dict[int, list[int]], i
     return steps, num_replaced
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @dataclass(frozen=True)
 class Trial:
     """Two runs on two ranks: one whose rank 1 was killed, one whose rank 1 stood still."""
@@ -114,13 +102,12 @@ class Trial:
     server: FlakyServer
     known: KnownBad
     catalog: Catalog
-    killed: dict[str, Any]
-    hung: dict[str, Any]
+    killed: RanksEnd
+    hung: RanksEnd
 
 
 @pytest.fixture(scope="module")
-def trial(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    """One start for both: importing torch and DALI is most of what it costs."""
+def trial(shards: Catalog, ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     root = tmp_path_factory.mktemp("trial")
     bucket = root / "bucket"
     shutil.copytree(shards.root, bucket)
@@ -134,22 +121,23 @@ def trial(shards: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         # Rank 0 waits for rank 1 in a collective, as it would for one whose driver never returns.
         hangs = ["demo", "--shards", str(shards.root), "--run-dir", str(root / "hung"), *FLAGS]
         hangs += ["--backend", "synthetic", "--stall-seconds", "3"]
-        command = [sys.executable, str(WORKER), str(free_port())]
-        command += [str(root / "killed-records"), f"kill:1:{DIES_AFTER}", *args]
-        command += ["--", str(root / "hung-records"), "stop:1:2", *hangs]
-        done = subprocess.run(
-            command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        killed, hung = map(json.loads, done.stdout.splitlines())
+        ends = []
+        for name, fault, words in (("killed", f"kill:1:{DIES_AFTER}", args), ("hung", "stop:1:2", hangs)):
+            records = root / f"{name}-records"
+            records.mkdir()
+            environment = s3_environment(server.url)
+            ends.append(
+                ranks.run(WORKER, records, fault, *words, world_size=2, out=records, environment=environment)
+            )
+        killed, hung = ends
         s3fs.S3FileSystem.clear_instance_cache()
         yield Trial(args, root / "killed-records", root / "killed", server, known, catalog, killed, hung)
         s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_rank_whose_peer_is_killed_ends_by_itself_with_its_place_and_its_stacks(trial: Trial) -> None:
-    assert trial.killed["codes"] == [EXIT_CODE, -signal.SIGKILL]
-    told = (trial.records / "stderr-0.txt").read_text()
+    assert trial.killed.codes == [EXIT_CODE, -signal.SIGKILL]
+    told = trial.killed.outputs[0]
     assert f"rank 0 after step {DIES_AFTER + 1}" in told
     assert "has lost another rank" in told
     stacks = (trial.run / "stall-rank00000.txt").read_text()
@@ -187,12 +175,12 @@ def test_a_poisoned_stalled_and_killed_run_sees_the_right_samples(
 
 def test_when_a_rank_hangs_every_rank_tells_its_place_and_ends_with_75(trial: Trial) -> None:
     run, records = trial.run.with_name("hung"), trial.records.with_name("hung-records")
-    assert trial.hung == {"codes": [EXIT_CODE, EXIT_CODE], "first": 0}
+    assert (trial.hung.codes, trial.hung.first) == ([EXIT_CODE, EXIT_CODE], 0)
     for rank in range(2):
         # Rank 1 stood still after its third step; rank 0 waits for it before the fourth, or in it.
-        assert f"error: rank {rank} after step " in (records / f"stderr-{rank}.txt").read_text()
+        assert f"error: rank {rank} after step " in trial.hung.outputs[rank]
         stacks = (run / f"stall-rank{rank:05d}.txt").read_text()
         assert f"rank {rank} after step " in stacks
         assert "trial_worker.py" in stacks
-    assert "has had no batch for" in (records / "stderr-0.txt").read_text()
+    assert "has had no batch for" in trial.hung.outputs[0]
     assert len((records / "rank-1.jsonl").read_text().splitlines()) == 3
