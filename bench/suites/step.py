@@ -48,6 +48,7 @@ def bench_step(setting: Setting) -> Iterator[Contest | Count]:
     ours, theirs = build_sides(name, num_keys=num_keys)
     work = floor_work(name, size=size, batch=batch, num_keys=num_keys)
     views = [random_views(batch, size, seed=seed) for seed in (0, 1)]
+    ceiling = step_ceiling(work, device="cpu", dtype=torch.float32, small=setting.size == "tiny")
     yield Contest(
         peer="plain torch eager",
         work=f"{name}, {size} px, b{batch}, K={num_keys}, fp32, groups=1, {name_threads()}",
@@ -56,13 +57,14 @@ def bench_step(setting: Setting) -> Iterator[Contest | Count]:
         ours=Side(run=lambda: ours(*views)),
         theirs=Side(run=lambda: theirs.step(*views)),
         agree=lambda: require_same_losses(name, num_keys=num_keys, size=size, batch=batch),
-        ceiling=step_ceiling(work, device="cpu", dtype=torch.float32, small=setting.size == "tiny"),
+        ceiling=ceiling,
     )
     yield from against_lightly(
         Side(run=lambda: ours(*views)),
         {"encoder": name, "num_keys": num_keys, "size": size, "batch": batch},
         autocast=False,
         work=f"{name}, {size} px, b{batch}, K={num_keys}, fp32, groups=1, {name_threads()}",
+        ceiling=ceiling,
     )
     shape = setting.pick(tiny=small, quick=("resnet50", 224, 256, 65536), full=("resnet50", 224, 256, 65536))
     yield from _count_step(*shape, full_size=setting.size != "tiny")
