@@ -168,6 +168,25 @@ def test_the_stage_that_sleeps_is_named(
 
 
 @pytest.mark.usefixtures("one_round")
+@pytest.mark.parametrize("stage", ["decode", "backward"])
+def test_what_the_model_says_of_a_free_stage_is_measured_where_it_is_free(
+    stage: str, catalog: Catalog, sleep: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+):
+    def rate(slow: list[str]) -> tuple[float, float]:
+        with monkeypatch.context() as patch:
+            for one in slow:
+                slow_down(patch, one, sleep)
+            model = measure_stages(config(), catalog, budget_s=0.0).model
+        return model.rate(), model.rates_if_free()[stage]
+
+    every = [*LOADER_STAGES, *STEP_STAGES, "logging"]
+    now, foretold = rate(every)
+    free, _ = rate([one for one in every if one != stage])
+    assert foretold == pytest.approx(free, rel=0.03)
+    assert free > 1.05 * now
+
+
+@pytest.mark.usefixtures("one_round")
 @pytest.mark.parametrize("stage", ["read", "backward"])
 def test_of_a_loader_that_reads_ahead_the_stage_that_really_sleeps_is_named(
     stage: str, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
@@ -313,11 +332,13 @@ def test_the_table_fits_80_columns_and_names_every_stage(
         (["demo", "--shards", "S", "--out", "."], "is a folder; name a file"),
         (["demo", "--shards", "S", "--backend", "synthetic"], "no loader to measure"),
         (["demo", "--shards", "S", "--profile", "FILE"], "--tuned"),
+        (["demo", "--shards", "S", "--profile", "FILE/below"], "its folder .* cannot be made"),
+        (["demo", "--shards", "S", "--out", "FILE/below"], "its folder .* cannot be made"),
         (["demo", "--shards", "S", "--tuned", "none.json"], "none.json is not there"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(catalog: Catalog, words: list[str], said: str):
-    names = {"S": str(catalog.root), "FILE": __file__}
+    names = {"S": str(catalog.root), "FILE": __file__, "FILE/below": f"{__file__}/below"}
     recipe, rest = words[:1], [names.get(word, word) for word in words[1:]]
     flags = FLAGS if recipe == ["demo"] else []
     with pytest.raises(UserError, match=said):
