@@ -11,14 +11,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from linerate.bench.timing import MIN_ROUNDS
 from linerate.pipeline.cache import open_shards
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json, stderr
+from linerate.shards.terminal import emit_json, make_parent, stderr
 from linerate.train.cli import RecipeCommand, parse_recipe
 from linerate.train.plan import require_one_batch
 
 if TYPE_CHECKING:
     from linerate.bench.suites.pipeline_stages import Measured
+    from linerate.train.config import TrainConfig
 
 PROG = "linerate bench pipeline"
 
@@ -32,7 +34,7 @@ class PipelineCommand(RecipeCommand):
 
     seconds: float = 60.0
     """About how long the timing takes; start-up and compilation come on top."""
-    rounds: int = 7
+    rounds: int = MIN_ROUNDS
     """Interleaved rounds, at least 7."""
     out: Path | None = None
     """Results file (JSON lines) to append to."""
@@ -45,8 +47,8 @@ class PipelineCommand(RecipeCommand):
         super().__post_init__()
         if not self.seconds > 0:
             raise UserError(f"--seconds {self.seconds:g} must be above 0, as 60")
-        if self.rounds < 7:
-            raise UserError(f"--rounds {self.rounds} cannot carry a 95 % interval; give 7 or more")
+        if self.rounds < MIN_ROUNDS:
+            raise UserError(f"--rounds {self.rounds} cannot carry a 95 % interval; give {MIN_ROUNDS} or more")
 
 
 def main(argv: list[str]) -> int:
@@ -54,21 +56,9 @@ def main(argv: list[str]) -> int:
     command, config = parse_recipe(
         PipelineCommand, argv, prog=PROG, usage="--shards FOLDER [--profile FOLDER]", tuned="--tuned"
     )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{PROG} measures one rank; start it without torchrun or accelerate launch")
     if command.shards is None:
         raise UserError(f"--shards is missing: {PROG} {argv[0]} --shards FOLDER")
-    if command.out is not None and command.out.is_dir():
-        raise UserError(f"--out {command.out} is a folder; name a file, as {command.out / 'results.jsonl'}")
-    if command.profile is not None and command.profile.is_file():
-        raise UserError(
-            f"--profile {command.profile} is a file, and here it names the folder of a trace; switches of "
-            f"`linerate tune` are given as --tuned {command.profile}"
-        )
-    if config.views.backend == "synthetic":
-        raise UserError(
-            "--backend synthetic has no loader to measure; take the backend that the run will have"
-        )
+    _check(command, config)
 
     from linerate.bench.record import append_jsonl
     from linerate.bench.suites.pipeline_stages import measure_stages
@@ -84,13 +74,35 @@ def main(argv: list[str]) -> int:
     if command.profile is not None:
         from linerate.bench.pipeline_profile import profile_pipeline
 
-        with stderr.status("profiling some steps ..."):
-            files = profile_pipeline(config, catalog, folder=command.profile)
+        files = profile_pipeline(config, catalog, folder=command.profile)
     if command.json:
         emit_json({**as_json(found), "profile": {what: str(path) for what, path in files.items()}})
     else:
         _print_measured(found, files)
     return 0
+
+
+def _check(command: PipelineCommand, config: TrainConfig) -> None:
+    """Raise UserError for what cannot be measured or written, before a minute has gone by."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{PROG} measures one rank; start it without torchrun or accelerate launch")
+    if config.views.backend == "synthetic":
+        raise UserError(
+            "--backend synthetic has no loader to measure; take the backend that the run will have"
+        )
+    if command.out is not None:
+        if command.out.is_dir():
+            raise UserError(
+                f"--out {command.out} is a folder; name a file, as {command.out / 'results.jsonl'}"
+            )
+        make_parent(command.out)
+    if command.profile is not None:
+        if command.profile.is_file():
+            raise UserError(
+                f"--profile {command.profile} is a file, and here it names the folder of a trace; switches "
+                f"of `linerate tune` are given as --tuned {command.profile}"
+            )
+        make_parent(command.profile / "trace.json")
 
 
 def as_json(found: Measured) -> dict[str, Any]:
@@ -107,7 +119,12 @@ def as_json(found: Measured) -> dict[str, Any]:
             "both": model.rate(),
         },
         "stages": [
-            {"stage": stage, "seconds": seconds, "pairs_per_s_if_free": free[stage]}
+            {
+                "stage": stage,
+                "seconds": seconds,
+                "pairs_per_s_alone": times.batch / seconds if seconds > 0 else None,
+                "pairs_per_s_if_free": free[stage],
+            }
             for stage, seconds in model.stages().items()
         ],
         "model": {

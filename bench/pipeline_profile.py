@@ -21,7 +21,8 @@ from linerate.bench.suites.pipeline import Stages
 from linerate.bench.suites.pipeline_stages import wrap_learner
 from linerate.bench.timing import synchronize
 from linerate.shards.catalog import Catalog
-from linerate.shards.errors import UserError, show_bytes
+from linerate.shards.errors import show_bytes
+from linerate.shards.terminal import make_parent
 from linerate.train.config import TrainConfig
 
 NUM_STEPS = 3
@@ -103,13 +104,10 @@ def profile_pipeline(
     config: TrainConfig, catalog: Catalog, *, folder: Path, num_steps: int = NUM_STEPS
 ) -> dict[str, Path]:
     """What each file is that it leaves in the folder. Raises UserError where the folder cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--profile {folder}: {error.strerror}; name a folder that can be made") from None
+    trace = folder / "trace.json"
+    make_parent(trace)
     # Read when the profiler first starts: it tells what it does, line by line, on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    trace = folder / "trace.json"
     with contextlib.closing(Stages(config, catalog)) as stages:
         stages.load_and_learn(stages.num_warm)
         profiled, peaks = _profiled_steps(stages, num_steps)
