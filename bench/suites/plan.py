@@ -95,7 +95,7 @@ def _contest(setting: Setting, tables: list[Path], rows: int, *, dedup: Dedup | 
         agree=agree,
         bar=Bar(1 / 1.3, full_size=setting.size == "full"),
         ceiling=Ceiling(
-            name=f"DuckDB's scan, filter{', GROUP BY path' if dedup else ''} and hash of each path, not sorted",
+            name=f"DuckDB's scan, filter{', GROUP BY path' if dedup else ''} hash of each path",
             side=Side(run=scan),
         ),
     )
