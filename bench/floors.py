@@ -173,6 +173,7 @@ def count_config(config: TrainConfig, *, world_size: int = 1) -> StepWork:
         config,
         bn=dataclasses.replace(config.bn, bn_group=batch, shuffle=False, sync_bn=False),
         optim=dataclasses.replace(config.optim, global_batch=batch),
+        speed=dataclasses.replace(config.speed, micro_batch=None),
         num_lanes=None,
     )
     # A bank of any size does: a step touches the rows that it draws.

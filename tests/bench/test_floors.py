@@ -126,7 +126,9 @@ def test_the_floors_of_an_h200_lie_near_those_reckoned_by_hand(resnet50: StepWor
 def test_ranks_share_the_batch_of_a_recipe() -> None:
     demo = find_recipe("demo").build()
     tiny = dataclasses.replace(demo, model=dataclasses.replace(demo.model, encoder="tiny-resnet-w4"))
-    whole, half = count_config(tiny), count_config(tiny, world_size=2)
+    # A micro-batch computes what the batch does.
+    in_parts = dataclasses.replace(tiny, speed=dataclasses.replace(tiny.speed, micro_batch=32))
+    whole, half = count_config(in_parts), count_config(tiny, world_size=2)
     assert (whole.pairs, half.pairs) == (64, 32)
     assert half.flops * 2 == whole.flops
     assert whole.conv_bn_bytes is not None
