@@ -23,6 +23,9 @@ import numpy.typing as npt
 from nvidia.dali import fn, math, pipeline_def, types
 
 from linerate.pipeline.draws import JITTER_ORDERS, Draw, Draws
+from linerate.pipeline.host_memory import pool_dali_memory
+
+pool_dali_memory()
 
 Form = Literal["kernels", "operators", "windows"]
 Source = Callable[[], tuple[Any, ...]]

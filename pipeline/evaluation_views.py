@@ -29,6 +29,7 @@ from linerate.pipeline.two_views import Origin
 from linerate.pipeline.undecodable import UndecodableImages
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
+from linerate.shards.inspect_image import one_line
 
 CropBackend = Literal["dali", "torch"]
 """torch is Pillow in threads; it needs no DALI."""
@@ -136,7 +137,7 @@ def decode_rgb(jpeg: NDArray[np.uint8]) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(jpeg.data)) as stored:
             return np.asarray(stored.convert("RGB"))
     except Exception as error:  # OSError, ValueError, TypeError or SyntaxError, by the damage
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
 
 
 def _coming(catalog: Catalog, batches: list[NDArray[np.int64]]) -> list[int]:

@@ -23,7 +23,6 @@ from linerate.pipeline.cache import lanes_here, open_shards, place_of, require_r
 from linerate.pipeline.cores import default_num_threads
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.evaluation_views import LabelledImages
-from linerate.pipeline.host_memory import give_back_memory
 from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS, EpochOrder, default_num_lanes, rank_lanes
 from linerate.pipeline.reader import EpochFetch, Ints, subset_sizes
 from linerate.pipeline.recipe import ImageRecipe, ViewRecipe, find_recipe
@@ -47,8 +46,6 @@ _IMAGE_CLASSES = {
 }
 BatchT = TypeVar("BatchT", TwoViews, LabelledImages)
 BatchT_co = TypeVar("BatchT_co", TwoViews, LabelledImages, covariant=True)
-GIVE_BACK_STEPS = 256
-"""How often within an epoch: the steps after it fault in what they need, 0.2 ms an image for one batch."""
 
 
 class Backend(Protocol[BatchT_co]):
@@ -131,7 +128,6 @@ class Loader(Generic[BatchT]):
         if not 0 <= start_step <= self.steps_per_epoch:
             raise UserError(f"start_step={start_step} is not in 0..{self.steps_per_epoch}, the epoch's steps")
         self.replacements.begin_epoch()
-        give_back_memory()  # what the epoch before left is free by now
         self._fetch = self._fetch.for_epoch(epoch).without(self.replacements.known)
         step = start_step
         while step < self.steps_per_epoch:
@@ -142,8 +138,6 @@ class Loader(Generic[BatchT]):
                         self._count(views, step)
                         step += 1
                         yield views
-                        if step % GIVE_BACK_STEPS == 0:
-                            give_back_memory()
             except BadSamples as error:
                 known = self.replacements.learn(error, epoch=epoch, step=step)
                 self._fetch = self._fetch.without(known)

@@ -25,6 +25,7 @@ from linerate.pipeline.evaluation_views import LabelledImages
 from linerate.pipeline.recipe import ImageRecipe, ViewRecipe
 from linerate.pipeline.two_views import Origin, TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
+from linerate.shards.inspect_image import one_line
 
 Fetch = Callable[[int], EncodedBatch]
 _JITTER_OPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -165,7 +166,7 @@ def decode_all(batch: EncodedBatch) -> list[Tensor]:
             images.append(decode_rgb(jpeg))
         # Pillow raises TypeError, ValueError, SyntaxError and struct.error on broken files, besides OSError.
         except Exception as error:
-            bad[row] = f"{type(error).__name__}: {error}"
+            bad[row] = f"{type(error).__name__}: {one_line(error)}"
     if bad:
         rows = list(bad)
         raise UndecodableImages(

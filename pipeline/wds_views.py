@@ -32,6 +32,7 @@ from linerate.pipeline.two_views import TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
+from linerate.shards.inspect_image import one_line
 
 SHUFFLE_BUFFER = 1000
 _NUM_INDEXES = 64
@@ -195,7 +196,7 @@ class _Maker:
         try:
             image = decode(np.frombuffer(sample["jpg"], dtype=np.uint8))
         except Exception as error:  # Pillow: OSError, ValueError, TypeError or SyntaxError, by the damage
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise UndecodableImages([origin[0]], [origin[1]], reason) from error
         # torchvision draws from torch's one generator, which the trainer of this process may use as well.
         with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 Run as a module, with ROUNDS as JSON for its argument, it is the child whose memory is measured.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,18 +21,14 @@ import numpy as np
 from linerate.bench.contest import Bar, Count, Setting
 from linerate.pipeline.bad_samples import KnownBad, Replacements
 from linerate.pipeline.encoded import EncodedBatch
-from linerate.pipeline.host_memory import SampleSize, give_back_memory, predict_host_memory
+from linerate.pipeline.host_memory import SampleSize, predict_host_memory
 from linerate.pipeline.loader import ViewLoader, open_backend
 from linerate.pipeline.reader import EpochFetch
 from linerate.pipeline.recipe import find_recipe
 from linerate.shards.catalog import Catalog
 
 MAX_GROWTH = 0.02
-"""Of the resident memory, from the end of the first epoch to that of any later one, each after a trim.
-
-So it counts what an epoch leaves behind, not what fragmented heaps hold while batches are in flight: the
-peaks of later epochs lie up to 6 % above that of the first, then stay (9 epochs of 8 images of 900 x 1200).
-"""
+"""Of the first epoch's peak of resident memory, the share by which that of a later epoch may lie above it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +62,16 @@ class Rounds:
 class Found:
     """Bytes."""
 
-    rss: list[int]
-    """Resident at the end of each epoch."""
     peak: list[int]
-    """The most after a batch of each epoch."""
+    """The most that was resident at any moment of each epoch, by the kernel's count."""
     before: int
     """Resident before the loader was built."""
     predicted: dict[str, int]
 
     @property
     def growth(self) -> float:
-        """Of what is resident after the first epoch, the share by which a later one is higher."""
-        return max(self.rss[1:]) / self.rss[0] - 1
+        """The share by which the highest peak after the first epoch lies above the first one's."""
+        return max(self.peak[1:]) / self.peak[0] - 1
 
     @property
     def factor(self) -> float:
@@ -145,7 +140,7 @@ def run_epochs(rounds: Rounds) -> Found:
     kinds = rounds.kinds
     every = {one: len(draw_jpeg(*one)) for kind in kinds for one in kind}
     largest = SampleSize(max(every.values()), max(height * width for height, width in every))
-    before = resident_bytes()
+    before = status_bytes("VmRSS")
     recipe = find_recipe("v2", size=rounds.size)
     backend = open_backend(
         "dali", recipe=recipe, seed=0, batch=rounds.rank_batch, num_threads=rounds.num_threads, prefetch=2
@@ -157,16 +152,13 @@ def run_epochs(rounds: Rounds) -> Found:
         steps_per_epoch=len(kinds) * rounds.repeat,
         num_dropped=0,
     )
-    rss, peak = [], []
+    peak = []
     for epoch in range(rounds.epochs):
-        highest = 0
+        forget_peak()
         for views in loader.epoch(epoch):
             assert views.query.shape[0] == rounds.rank_batch
-            highest = max(highest, resident_bytes())
         del views
-        give_back_memory()  # as the loader does at the next epoch
-        rss.append(resident_bytes())
-        peak.append(highest)
+        peak.append(status_bytes("VmHWM"))
     loader.close()
     predicted = predict_host_memory(
         largest,
@@ -180,13 +172,19 @@ def run_epochs(rounds: Rounds) -> Found:
         prefetch=2,
     )
     assert predicted is not None
-    return Found(rss=rss, peak=peak, before=before, predicted=predicted)
+    return Found(peak=peak, before=before, predicted=predicted)
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
+def forget_peak() -> None:
+    """Let the kernel count this process's peak anew; where it does not listen, the peak is of all epochs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_bytes(field: str) -> int:
+    """Of this process, now: VmRSS, what is resident; VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 def bench_views_rss(setting: Setting) -> Iterator[Count]:
@@ -199,7 +197,7 @@ def bench_views_rss(setting: Setting) -> Iterator[Count]:
         num_threads=2,
     )
     # A start of its own, 8 s, is for figures that count.
-    found = run_epochs(rounds) if setting.size == "tiny" else _in_child(rounds)
+    found = run_epochs(rounds) if setting.size == "tiny" else run_in_child(rounds)
     work = (
         f"{rounds.epochs} epochs of batches of {rounds.rank_batch}, 32 x 32 to {rounds.side} x "
         f"{rounds.side * 4 // 3} px, {rounds.num_threads} threads, DALI on the CPU"
@@ -210,7 +208,7 @@ def bench_views_rss(setting: Setting) -> Iterator[Count]:
         unit="%",
         ours=round(100 * found.growth, 2),
         bar=Bar(100 * MAX_GROWTH, of="ours", at_most=True, full_size=setting.size != "tiny"),
-        note="resident at the ends of epochs: " + _mib(found.rss) + "; peaks: " + _mib(found.peak),
+        note="peaks of the epochs: " + _mib(found.peak) + "; before the loader: " + _mib([found.before]),
     )
     yield Count(
         peer="what --dry-run foresees",
@@ -227,7 +225,8 @@ def _mib(sizes: Sequence[int]) -> str:
     return " ".join(f"{size / 2**20:.0f}" for size in sizes) + " MiB"
 
 
-def _in_child(rounds: Rounds) -> Found:
+def run_in_child(rounds: Rounds) -> Found:
+    """As `run_epochs`, in a process that has done nothing else."""
     command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(rounds))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

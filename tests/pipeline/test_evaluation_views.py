@@ -151,5 +151,6 @@ def test_what_does_not_decode_is_a_value_error_in_one_line(make_sample):
     whole = np.frombuffer(make_sample(0, height=48, width=64).jpeg, dtype=np.uint8)
     with pytest.raises(ValueError, match=r"(?i)truncated"):
         decode_rgb(whole[: whole.size // 2])
-    with pytest.raises(ValueError, match="identify"):
+    # Not the address that Pillow's own words hold: it differs from run to run.
+    with pytest.raises(ValueError, match=r"identify it$"):
         decode_rgb(whole[100:])

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from linerate.pipeline.host_memory import (
     PIPELINE_BYTES,
     SampleSize,
     largest_sample,
+    pool_dali_memory,
     predict_host_memory,
 )
 
@@ -54,3 +56,13 @@ def test_the_largest_sample_is_of_the_catalogs_maxima(catalog):
     odd = dataclasses.replace(catalog, max_height=10, max_width=20, max_sample_bytes=30)
     assert largest_sample(odd) == SampleSize(30, 200)
     assert largest_sample(odd).decoded_bytes == 600
+
+
+def test_dali_s_own_pool_is_for_all_but_small_buffers_unless_the_user_has_said_otherwise(monkeypatch):
+    name = "DALI_MALLOC_POOL_THRESHOLD"
+    monkeypatch.delenv(name, raising=False)
+    pool_dali_memory()
+    assert os.environ[name] == "64k"
+    monkeypatch.setenv(name, "1M")
+    pool_dali_memory()
+    assert os.environ[name] == "1M"

@@ -3,7 +3,6 @@ import importlib.util
 import pytest
 import torch
 
-from linerate.pipeline import loader as loader_module
 from linerate.pipeline.loader import BACKENDS, open_backend, open_views
 from linerate.pipeline.order import EpochOrder
 from linerate.pipeline.recipe import v2
@@ -36,19 +35,6 @@ def test_a_start_step_leaves_out_what_came_before(catalog):
     whole = [views.position.tolist() for views in loader.epoch(2)]
     assert [views.position.tolist() for views in loader.epoch(2, start_step=3)] == whole[3:]
     assert list(loader.epoch(2, start_step=5)) == []
-
-
-def test_memory_is_given_back_before_each_epoch_and_within_a_long_one(catalog, monkeypatch):
-    seen = []
-    monkeypatch.setattr(loader_module, "GIVE_BACK_STEPS", 2)
-    monkeypatch.setattr(loader_module, "give_back_memory", lambda: seen.append("trim"))
-    loader = synthetic(catalog, recipe=v2(size=8))
-    for epoch in (0, 1):
-        for step, _ in enumerate(loader.epoch(epoch)):
-            seen.append(step)
-    # Before the first batch, and after the second and the fourth when the next one is asked for.
-    assert seen == ["trim", 0, 1, "trim", 2, 3, "trim", 4] * 2
-    loader.close()
 
 
 def test_a_catalog_may_be_given_by_its_folder(catalog):
