@@ -36,6 +36,10 @@ class LabelledSet:
         """At most `limit` of the samples: packed shards are shuffled, so the first are a fair draw."""
         return LabelledSet(self.catalog, self.positions[:limit])
 
+    def share(self, *, rank: int, world_size: int) -> LabelledSet:
+        """A rank's share of the samples: together each is there once."""
+        return LabelledSet(self.catalog, np.array_split(self.positions, world_size)[rank])
+
 
 @dataclass(frozen=True)
 class Split:
