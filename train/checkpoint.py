@@ -278,6 +278,8 @@ class TrainedEncoder:
     images: int
     path: Path
     """The checkpoint."""
+    trained_on: TrainedOn | None = None
+    """The shards that it saw; None: weights from elsewhere, which do not say."""
 
 
 def load_trained(run: Path | str) -> TrainedEncoder:
@@ -309,6 +311,7 @@ def load_trained(run: Path | str) -> TrainedEncoder:
         step=checkpoint.step,
         images=checkpoint.images,
         path=path,
+        trained_on=checkpoint.trained_on,
     )
 
 

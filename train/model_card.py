@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
 from linerate import __version__
 from linerate.train.checkpoint import TrainedEncoder
@@ -37,6 +38,7 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
     return [
         ("encoder", f"{model.encoder}, stem {model.stem}, {num_parameters:,} parameters without the head"),
         ("recipe", f"{config.recipe}, seed {config.seed}"),
+        ("data", _data(trained)),
         ("views", f"augmentation {views.augmentation}, {views.size} pixels"),
         ("dictionary", _dictionary(config)),
         ("loss", _loss(config)),
@@ -50,6 +52,13 @@ def _rows(trained: TrainedEncoder, num_parameters: int) -> list[tuple[str, str]]
         ("checkpoint", trained.path.name),
         ("versions", f"linerate {__version__}, torch {version('torch')}, timm {version('timm')}"),
     ]
+
+
+def _data(trained: TrainedEncoder) -> str:
+    shards = trained.trained_on
+    if shards is None:
+        return "not told: the weights were imported"
+    return f"{shards.num_samples:,} images, shards {Path(shards.folder).name} (plan {shards.plan_id})"
 
 
 def _dictionary(config: TrainConfig) -> str:

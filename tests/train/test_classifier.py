@@ -12,6 +12,7 @@ import torch
 from tests.train.classifier_ranks import run_both
 from tests.train.rank_server import RankServer
 from tests.train.small import SMALL
+from tests.train.test_knn import RANKS_CASES, blobs
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -33,6 +34,7 @@ from linerate.train.evaluate.classifier_run import (
 )
 from linerate.train.evaluate.controls import calibrate_bn, untrained_encoder
 from linerate.train.evaluate.features import open_evaluation
+from linerate.train.evaluate.knn import knn_accuracy
 from linerate.train.evaluate.labelled import LabelledSplit, open_labelled_split
 from linerate.train.stop import StopRequest
 
@@ -385,6 +387,13 @@ def test_two_ranks_give_the_curves_of_one(
             assert other["train_top1"] == pytest.approx(line["train_top1"], abs=0.02)
         for name, tensor in _state(one)["module"].items():
             torch.testing.assert_close(_state(two)["module"][name], tensor, rtol=0, atol=1e-3)
+    (train, labels), (test, wanted) = blobs(41, seed=1), blobs(13, seed=2)
+    alone = [
+        knn_accuracy(train, labels, test, wanted, k=k, temperature=t, num_classes=5) for k, t in RANKS_CASES
+    ]
+    assert 0.3 < min(alone) < 1
+    for rank in range(2):
+        assert json.loads((tmp_path / f"two/knn-{rank}.json").read_text()) == pytest.approx(alone)
 
 
 def test_what_cannot_work_is_refused_before_an_image_is_read(

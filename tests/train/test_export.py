@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.train.small import SMALL
 
 from linerate.shards.errors import UserError
 from linerate.train import export as export_module
-from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.checkpoint import TrainedEncoder, TrainedOn
 from linerate.train.config import Model
 from linerate.train.detectron2_names import expected_shapes, load_detectron2, write_detectron2
 from linerate.train.encoder import build_encoder
@@ -78,8 +79,14 @@ def test_safetensors_hold_the_head_too(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_the_weights_are_and_its_code_runs(tmp_path: Path) -> None:
-    report = export_encoder(_trained("resnet18"), target="torchvision", out=tmp_path / "r18.pth")
+    shards = TrainedOn(plan_id="00ff", num_samples=1234, folder="/somewhere/birds")
+    trained = dataclasses.replace(_trained("resnet18"), trained_on=shards)
+    report = export_encoder(trained, target="torchvision", out=tmp_path / "r18.pth")
     card = report.card.read_text()
+    assert "| data | 1,234 images, shards birds (plan 00ff) |" in card
+    assert "/somewhere" not in card
+    for name in ("linerate", "torch", "timm"):
+        assert f"{name} {version(name)}" in card
     assert report.card == tmp_path / "r18.pth.md"
     for words in ("resnet18", "| recipe | small, seed 0 |", "K = 40", "7 steps, 112 images", "torchvision"):
         assert words in card

@@ -8,8 +8,11 @@ from linerate.shards.errors import UserError
 from linerate.train.evaluate import knn
 from linerate.train.evaluate.knn import knn_accuracy, knn_predict
 
+RANKS_CASES = ((1, 0.1), (20, 0.07), (41, 1.0), (200, 0.1))
+"""k and T of what tests.train.classifier_ranks does on two ranks."""
 
-def _blobs(n: int, *, seed: int, num_classes: int = 5, dim: int = 6) -> tuple[Tensor, Tensor]:
+
+def blobs(n: int, *, seed: int, num_classes: int = 5, dim: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(num_classes, (n,), generator=generator)
@@ -33,8 +36,8 @@ def _naive(
 def test_predictions_equal_the_naive_reference(
     k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, labels = _blobs(61, seed=1)
-    test, _ = _blobs(23, seed=2)
+    train, labels = blobs(61, seed=1)
+    test, _ = blobs(23, seed=2)
     expected = _naive(train, labels, test, k=k, temperature=temperature, classes=5)
     for train_chunk in (65_536, 10, 3):
         monkeypatch.setattr(knn, "TRAIN_CHUNK", train_chunk)
@@ -53,8 +56,8 @@ def test_accuracy_is_the_share_of_right_predictions_and_k_is_capped() -> None:
 
 
 def test_scale_of_the_features_does_not_matter() -> None:
-    train, labels = _blobs(40, seed=3)
-    test, _ = _blobs(11, seed=4)
+    train, labels = blobs(40, seed=3)
+    test, _ = blobs(11, seed=4)
     plain = knn_predict(train, labels, test, k=5, num_classes=5)
     scaled = knn_predict(train * torch.rand(40, 1).add(0.1), labels, test * 7, k=5, num_classes=5)
     assert torch.equal(plain, scaled)

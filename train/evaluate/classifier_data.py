@@ -104,7 +104,7 @@ def centre_crops(
     num_threads: int | None,
 ) -> TestBatches:
     """One rank's share of the test images: the short side resized, the centre cut out."""
-    share = LabelledSet(samples.catalog, np.array_split(samples.positions, world_size)[rank])
+    share = samples.share(rank=rank, world_size=world_size)
 
     def batches() -> Iterator[Batch]:
         images = open_evaluation(

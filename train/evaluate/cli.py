@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -14,6 +15,11 @@ from linerate.pipeline.cache import CacheOptions, open_shards
 from linerate.pipeline.evaluation_views import CropBackend
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, parse_args, progress, require_counts, stderr
+
+if TYPE_CHECKING:
+    from linerate.train.checkpoint import TrainedEncoder
+    from linerate.train.evaluate.features import Split
+    from linerate.train.evaluate.judge import KnnOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,8 @@ def main_knn(argv: list[str]) -> int:
     """`linerate eval knn RUN --train SHARDS [--test SHARDS] [--controls]`."""
     command = parse_args(KnnCommand, argv, prog="linerate eval knn")
     result = run_knn(command)
+    if result is None:
+        return 0
     if command.json:
         emit_json(result)
         return 0
@@ -70,38 +78,38 @@ def main_knn(argv: list[str]) -> int:
     return 0
 
 
-def run_knn(command: KnnCommand) -> dict[str, Any]:
-    """What the command prints: how it was judged, and one result for the encoder and each control."""
-    import torch
+def run_knn(command: KnnCommand) -> dict[str, Any] | None:
+    """What the command prints: how it was judged, and one result for the encoder and each control.
 
+    Under torchrun the ranks share the images; None on all but the first.
+    """
     from linerate.train.checkpoint import load_trained
-    from linerate.train.evaluate.judge import KnnOptions, contestants, encoder_features, judge_by_knn
+    from linerate.train.evaluate.classify import open_ranks
+    from linerate.train.evaluate.judge import KnnOptions
     from linerate.train.evaluate.labelled import open_labelled_split
 
     trained = load_trained(command.run)
     test = open_shards(command.test, command) if command.test else None
     labelled = open_labelled_split(open_shards(command.train, command), test, test_share=command.test_share)
-    split = labelled.split
-    options = KnnOptions(
-        size=command.size or trained.config.views.size,
-        k=command.k,
-        temperature=command.temperature,
-        backend=command.backend,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        num_threads=command.threads,
-    )
-    trained.encoder.require_size(options.size)
-    for note in labelled.notes:
-        stderr.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    if command.controls:
-        entries = contestants(trained, split, options, features=command.features)
-    else:
-        encode = encoder_features(trained.encoder, command.features, device=options.device)
-        entries = {f"step {trained.step:,}": encode}
-    results = []
-    for name, encode in entries.items():
-        with progress(name, total=len(split.train) + len(split.test), unit="images") as advance:
-            results.append({"name": name, **judge_by_knn(encode, split, options, advance=advance)})
+    size = command.size or trained.config.views.size
+    trained.encoder.require_size(size)
+    with open_ranks(bf16=False) as accelerator:
+        is_first = accelerator.is_main_process
+        options = KnnOptions(
+            size=size,
+            k=command.k,
+            temperature=command.temperature,
+            backend=command.backend,
+            device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
+            num_threads=command.threads,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        for note in labelled.notes if is_first else ():
+            stderr.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        results = _judged(command, trained, labelled.split, options)
+    if not is_first:
+        return None
     return {
         "run": str(command.run),
         "checkpoint": str(trained.path),
@@ -110,8 +118,32 @@ def run_knn(command: KnnCommand) -> dict[str, Any]:
         "k": options.k,
         "temperature": options.temperature,
         "size": options.size,
-        "num_classes": split.num_classes,
+        "world_size": options.world_size,
+        "num_classes": labelled.num_classes,
         "num_test_in_train": labelled.num_test_in_train,
         "notes": [*labelled.notes],
         "results": results,
     }
+
+
+def _judged(
+    command: KnnCommand, trained: TrainedEncoder, split: Split, options: KnnOptions
+) -> list[dict[str, Any]]:
+    from linerate.train.evaluate.judge import contestants, encoder_features, judge_by_knn
+
+    if command.controls:
+        entries = contestants(trained, split, options, features=command.features)
+    else:
+        encode = encoder_features(trained.encoder, command.features, device=options.device)
+        entries = {f"step {trained.step:,}": encode}
+    results = []
+    total = (len(split.train) + len(split.test)) // options.world_size
+    for name, encode in entries.items():
+        with contextlib.ExitStack() as stack:
+            advance = (
+                stack.enter_context(progress(name, total=total, unit="images"))
+                if options.rank == 0
+                else lambda _: None
+            )
+            results.append({"name": name, **judge_by_knn(encode, split, options, advance=advance)})
+    return results

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from linerate.pipeline.evaluation_views import CropBackend
+from linerate.shards.errors import UserError
 from linerate.train.checkpoint import TrainedEncoder
 from linerate.train.encoder import Encoder
 from linerate.train.evaluate.controls import calibrate_bn, raw_pixels, untrained_encoder
 from linerate.train.evaluate.features import Encode, Split, extract_features, open_evaluation
-from linerate.train.evaluate.knn import knn_accuracy
+from linerate.train.evaluate.knn import knn_accuracy_over_ranks
 
 Features = Literal["backbone", "projection"]
 CALIBRATION_IMAGES = 2048
@@ -32,16 +33,27 @@ class KnnOptions:
     device: str = "cpu"
     num_threads: int | None = None
     """Threads that decode; None: this process's cores."""
+    rank: int = 0
+    world_size: int = 1
+    """Ranks that share the images; torch.distributed is there if they are several."""
 
 
 def judge_by_knn(
     encode: Encode, split: Split, options: KnnOptions, *, advance: Callable[[float], None] = lambda _: None
 ) -> dict[str, Any]:
-    """knn_top1 in [0, 1] and the images it stands on. advance is told how many images are done."""
+    """knn_top1 in [0, 1] and the images it stands on. advance is told how many images this rank has done.
+
+    Raises UserError where a rank would have no image.
+    """
+    if min(len(split.train), len(split.test)) < options.world_size:
+        raise UserError(
+            f"{len(split.train):,} train and {len(split.test):,} test images are too few for "
+            f"{options.world_size} ranks; start fewer"
+        )
     (train, train_labels), (test, test_labels) = (
         extract_features(
             encode,
-            part,
+            part.share(rank=options.rank, world_size=options.world_size),
             size=options.size,
             backend=options.backend,
             device=options.device,
@@ -50,7 +62,7 @@ def judge_by_knn(
         )
         for part in (split.train, split.test)
     )
-    top1 = knn_accuracy(
+    top1 = knn_accuracy_over_ranks(
         train,
         train_labels,
         test,
@@ -58,8 +70,11 @@ def judge_by_knn(
         k=options.k,
         temperature=options.temperature,
         num_classes=split.num_classes,
+        rank=options.rank,
+        world_size=options.world_size,
     )
-    return {"knn_top1": top1, "num_train": len(train), "num_test": len(test), "dim": train.shape[1]}
+    counts = {"num_train": len(split.train), "num_test": len(split.test)}
+    return {"knn_top1": top1, **counts, "dim": train.shape[1]}
 
 
 def encoder_features(encoder: Encoder, features: Features, *, device: str) -> Encode:

@@ -5,11 +5,15 @@ Legend: N train rows, M test rows, D dimensions, k neighbours, T temperature.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
 from linerate.shards.errors import UserError
+from linerate.train.collectives import gather_rows, sum_over_ranks
 
 # (1024, 65536) float32 similarities are 256 MiB: large enough to keep a device busy, small on any.
 TEST_CHUNK = 1024
@@ -38,11 +42,9 @@ def knn_predict(
     for chunk in torch.split(test_features, TEST_CHUNK):
         query = functional.normalize(chunk.to(device).float(), dim=1)
         similarity, neighbour = nearest_rows(query, train_features, k=k)
-        votes = query.new_zeros(len(query), num_classes)
-        # Less the nearest one's: the same vote, and no temperature is too small for exp.
-        weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
-        votes.scatter_add_(1, labels[neighbour], weight)
-        predictions.append(votes.argmax(dim=1))
+        predictions.append(
+            _vote(similarity, labels[neighbour], temperature=temperature, num_classes=num_classes)
+        )
     return torch.cat(predictions)
 
 
@@ -62,6 +64,77 @@ def knn_accuracy(
         train_features, train_labels, test_features, k=k, temperature=temperature, num_classes=num_classes
     )
     return float((predicted == test_labels.to(predicted.device)).float().mean())
+
+
+def knn_accuracy_over_ranks(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int,
+    rank: int,
+    world_size: int,
+) -> float:
+    """knn_accuracy of all ranks' rows, where each has a share of both sets; the same number on every rank.
+
+    The train rows stay where they are: test rows travel in chunks, and each rank's k nearest come back.
+    """
+    if world_size == 1:
+        return knn_accuracy(
+            train_features,
+            train_labels,
+            test_features,
+            test_labels,
+            k=k,
+            temperature=temperature,
+            num_classes=num_classes,
+        )
+    _check(train_features, train_labels, test_features, k=1, num_classes=num_classes)
+    device, dim = train_features.device, train_features.shape[1]
+    num_train, num_test = (
+        _of_all_ranks(len(rows), device, world_size) for rows in (train_features, test_features)
+    )
+    k = min(k, sum(num_train))
+    labels, wanted = train_labels.to(device), test_labels.to(device)
+    num_right = torch.zeros(1, dtype=torch.int64, device=device)
+    for source in range(world_size):
+        for start in range(0, num_test[source], TEST_CHUNK):
+            own = slice(start, min(start + TEST_CHUNK, num_test[source]))
+            query = torch.empty(own.stop - start, dim, device=device)
+            if source == rank:
+                query = functional.normalize(test_features[own].to(device).float(), dim=1)
+            dist.broadcast(query, src=source)
+            similarity, neighbour = nearest_rows(query, train_features, k=min(k, len(train_features)))
+            missing = (0, k - similarity.shape[1])
+            # Columns are gathered as rows. A rank with fewer than k rows fills up with votes of weight 0.
+            similarity, label = (
+                gather_rows(rows.T.contiguous(), world_size=world_size).T
+                for rows in (
+                    functional.pad(similarity, missing, value=-math.inf),
+                    functional.pad(labels[neighbour], missing),
+                )
+            )
+            if source == rank:
+                best, kept = similarity.topk(k, dim=1)
+                found = _vote(best, label.gather(1, kept), temperature=temperature, num_classes=num_classes)
+                num_right += (found == wanted[own]).sum()
+    return float(sum_over_ranks(num_right, world_size=world_size)) / sum(num_test)
+
+
+def _of_all_ranks(num: int, device: torch.device, world_size: int) -> list[int]:
+    gathered: list[int] = gather_rows(torch.tensor([num], device=device), world_size=world_size).tolist()
+    return gathered
+
+
+def _vote(similarity: Tensor, label: Tensor, *, temperature: float, num_classes: int) -> Tensor:
+    """(M,) the class with the most votes of (M, k) neighbours."""
+    # Less the nearest one's: the same vote, and no temperature is too small for exp.
+    weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
+    votes = similarity.new_zeros(len(similarity), num_classes)
+    return votes.scatter_add_(1, label, weight).argmax(dim=1)
 
 
 def nearest_rows(query: Tensor, bank: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
