@@ -95,8 +95,9 @@ def test_a_missing_folder_is_one_line_without_traceback(tmp_path):
     assert "nowhere" in done.stderr
 
 
-def test_requirements_are_pinned_and_name_no_index():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+@pytest.mark.parametrize("name", ["requirements.txt", "bench/peers.txt"])
+def test_requirements_are_pinned_and_name_no_index(name):
+    lines = (ROOT / name).read_text().splitlines()
     assert len(lines) > 50
     for line in lines:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[^ ]+( ; .+)?", line), line
