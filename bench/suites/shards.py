@@ -105,6 +105,7 @@ def against_stream_writers(setting: Setting, images: ImageFolder) -> Iterator[Co
         work=pack_work(images, ONE_SHARD),
         unit="images/s",
         amount=len(images.files),
+        ceiling=bare_loop(images, setting.scratch / "joined"),
     )
 
 
