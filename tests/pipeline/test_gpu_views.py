@@ -10,6 +10,7 @@ from tests.needs_gpu import needs_gpu
 from tests.pipeline.encoded_samples import cut, encoded, image_fetch
 
 from linerate.pipeline.encoded import EncodedBatch
+from linerate.pipeline.evaluation_views import open_images
 from linerate.pipeline.loader import open_backend, open_views
 from linerate.pipeline.recipe import find_recipe, v2
 from linerate.pipeline.undecodable import UndecodableImages
@@ -217,3 +218,17 @@ def test_gray_and_odd_sizes_decode_on_a_gpu_as_on_a_cpu(make_sample, mode):
     )
     for one, other in zip(ours, truth, strict=True):
         assert (one.cpu().int() - other.int()).abs().float().mean() < 1.0
+
+
+@needs_gpu("that a GPU's centre crops are those of the CPU")
+def test_a_gpus_centre_crops_are_the_cpus(make_shards, make_sample):
+    """Twin: test_evaluation_views.py::test_dalis_pixels_are_torchvisions_to_half_a_level."""
+    shapes = [(300, 400), (400, 300), (257, 411), (64, 48), (20, 500)]
+    catalog = make_shards([[make_sample(i, height=h, width=w) for i, (h, w) in enumerate(shapes)]])
+    here, there = (
+        torch.cat(
+            [b.images.cpu() for b in open_images(catalog, size=224, resize=256, batch=2, device=device)]
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert (here.int() - there.int()).abs().float().mean() < 1.0

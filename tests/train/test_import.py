@@ -29,8 +29,11 @@ def official_network(*, mlp: bool) -> nn.Module:
     return net.eval()
 
 
-def official_file(path: Path, *, mlp: bool = False, **more: Any) -> nn.Module:
-    """Write a file as main_moco.py does and return the query encoder in it."""
+def official_file(path: Path, *, mlp: bool = False, zipped: bool = True, **more: Any) -> nn.Module:
+    """Write a file as main_moco.py does and return the query encoder in it.
+
+    zipped: False writes as torch did before 1.6, which is younger than the official code.
+    """
     query, key = official_network(mlp=mlp), official_network(mlp=mlp)
     state = {f"module.encoder_q.{k}": v for k, v in query.state_dict().items()}
     state |= {f"module.encoder_k.{k}": v + 1 for k, v in key.state_dict().items()}
@@ -39,7 +42,8 @@ def official_file(path: Path, *, mlp: bool = False, **more: Any) -> nn.Module:
     state["module.queue_ptr"] = torch.tensor([8])
     state |= more.pop("state", {})
     state = {k: v for k, v in state.items() if v is not None}
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}} | more, path)
+    saved = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}} | more
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     return query
 
 
@@ -47,7 +51,7 @@ def official_file(path: Path, *, mlp: bool = False, **more: Any) -> nn.Module:
 def test_an_imported_encoder_gives_the_official_ones_queries(
     mlp: bool, recipe: str, head: str, tmp_path: Path
 ) -> None:
-    official = official_file(tmp_path / "moco.pth.tar", mlp=mlp)
+    official = official_file(tmp_path / "moco.pth.tar", mlp=mlp, zipped=mlp)
     report = import_checkpoint(tmp_path / "moco.pth.tar", run=tmp_path / "run")
     assert (report.recipe, report.head, report.dim, report.num_keys) == (recipe, head, DIM, NUM_KEYS)
     trained = load_trained(tmp_path / "run")
