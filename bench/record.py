@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from linerate.shards.errors import UserError
@@ -184,13 +185,17 @@ def name_cell(name: str, peer: str | None) -> str:
 
 
 def works_table(records: Iterable[Worked]) -> Table:
-    """What each benchmark did, each work once."""
-    works = dict.fromkeys((record.name, record.work) for record in records)
+    """What each benchmark did, each work once, and below it what its records note."""
+    works: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        notes = works.setdefault((record.name, record.work), {})
+        if note := getattr(record, "note", None):
+            notes[note] = None
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, work in works:
-        table.add_row(f"[bold]{name}[/]", f"[dim]{work}[/]")
+    for (name, work), notes in works.items():
+        table.add_row(f"[bold]{name}[/]", "\n".join([f"[dim]{work}[/]", *map(escape, notes)]))
     return table
 
 
