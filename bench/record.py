@@ -232,13 +232,18 @@ def plain(text: str) -> str:
 
 
 def works_table(records: Iterable[Worked]) -> Table:
-    """What each benchmark did, each work once."""
-    works = dict.fromkeys((record.name, record.work) for record in records)
+    """What each benchmark did, each work once, and below it what its records note."""
+    works: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        notes = works.setdefault((record.name, record.work), {})
+        if note := getattr(record, "note", None):
+            notes[note] = None
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, work in works:
-        table.add_row(f"[bold]{plain(name)}[/]", f"[dim]{plain(work)}[/]")
+    for (name, work), notes in works.items():
+        told = "\n".join([f"[dim]{plain(work)}[/]", *map(plain, notes)])
+        table.add_row(f"[bold]{plain(name)}[/]", told)
     return table
 
 

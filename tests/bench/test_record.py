@@ -77,6 +77,16 @@ def test_the_table_names_a_missing_peer_and_a_refusal():
     assert "the keys differ" in text
 
 
+def test_what_a_record_notes_stands_below_its_work_once():
+    noted = dataclasses.replace(RECORD, note="25 % of the time [of all]")
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(results_table([noted, noted, RECORD]))
+    lines = [line.strip() for line in printed.getvalue().splitlines()]
+    at = next(place for place, line in enumerate(lines) if line.endswith("161 tensors"))
+    assert lines[at + 1] == "25 % of the time [of all]"
+    assert printed.getvalue().count("25 %") == 1
+
+
 def test_numbers_are_short():
     shown = [number(x) for x in (None, 0.0, 968, 12345.6, 0.98765, 43.21)]
     assert shown == ["-", "0", "968", "12,346", "0.988", "43.2"]
