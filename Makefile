@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 PEERS := .venv-peers
+# Processes of the whole test suite, each on files of its own; each holds torch and DALI, 1.5 GB.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 UV := 0.13.9
 # What `make gpu` leaves behind, and the Python that it runs: .venv's, or where there is none the machine's.
 OUT ?= gpu-results
@@ -31,8 +33,8 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP) ## photos to report.html in minutes; DEMO="--images DIR" for your own
 	@$(BIN)/linerate demo $(DEMO)
 
-test: $(STAMP) ## the tests (PYTEST="-k name" for some of them)
-	@$(BIN)/python -m pytest -q $(PYTEST)
+test: $(STAMP) ## the tests, several files at once (JOBS=0: one after the other; PYTEST="-k name": some of them)
+	@$(BIN)/python -m pytest -q $(or $(PYTEST),-n $(JOBS) --dist loadfile)
 
 check: static test ## all that CI runs: format, lint, types, import direction, tests
 
