@@ -107,7 +107,7 @@ def lightly_losses(*, steps: int, **shape: Any) -> list[float]:
     """The losses of the first steps from the start that ours has too, in float64."""
     import torch
 
-    from linerate.bench.suites.step import curve_views
+    from linerate.bench.suites.step_start import curve_views
 
     run = _lightly_step(dtype=torch.float64, **shape)
     size, device = shape["size"], shape["device"]
@@ -120,7 +120,7 @@ def lightly_step(**shape: Any) -> None:
 
     name = json.dumps(shape)
     if name not in _open:
-        from linerate.bench.suites.step import random_views
+        from linerate.bench.suites.step_start import random_views
 
         size, device = shape["size"], shape["device"]
         views = [random_views(shape["batch"], size, seed=view, device=device) for view in (0, 1)]
@@ -136,17 +136,17 @@ def _lightly_step(
 ) -> Callable[[Any, Any], Any]:
     import torch
 
-    from linerate.bench.suites import step, step_parts
+    from linerate.bench.suites import step_start
     from linerate.bench.suites.train_peers import LightlyMoCo
 
     torch.set_num_threads(num_threads)
-    built, queue = step.start(encoder, num_keys=num_keys, device=device, dtype=dtype)
+    built, queue = step_start.start(encoder, num_keys=num_keys, device=device, dtype=dtype)
     moco = LightlyMoCo(
         built,
         queue.keys,
-        temperature=step_parts.TEMPERATURE,
-        ema_momentum=step_parts.EMA_MOMENTUM,
-        lr=step.LR,
+        temperature=step_start.TEMPERATURE,
+        ema_momentum=step_start.EMA_MOMENTUM,
+        lr=step_start.LR,
         autocast=autocast,
     )
     return moco.step

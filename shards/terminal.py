@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -38,6 +37,9 @@ def parse_args(
 
     Raises UserError with tyro's own message, or that of a __post_init__, folded into one line.
     """
+    # Not above: what draws tables needs this file, too, also where no command line is read.
+    import tyro
+
     printed = io.StringIO()
     markers = (tyro.conf.OmitArgPrefixes,)
     try:

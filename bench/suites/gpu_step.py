@@ -17,7 +17,7 @@ from linerate.bench.floors import StepWork
 from linerate.bench.machine import BAR_GPU, is_bar_gpu
 from linerate.bench.suites import step as steps
 from linerate.bench.suites import train_peers as peers
-from linerate.bench.suites.step_parts import EMA_MOMENTUM, TEMPERATURE
+from linerate.bench.suites.step_start import EMA_MOMENTUM, LR, TEMPERATURE, random_views, start
 from linerate.bench.timing import Side
 
 GROUPS = 8
@@ -38,7 +38,7 @@ class Shape:
         return f"{self.encoder}, {self.size} px, b{self.batch}, K={self.num_keys}, bf16"
 
     def views(self) -> list[Tensor]:
-        return [steps.random_views(self.batch, self.size, seed=view, device=self.device) for view in (0, 1)]
+        return [random_views(self.batch, self.size, seed=view, device=self.device) for view in (0, 1)]
 
 
 class Forms:
@@ -69,7 +69,7 @@ class Forms:
                     queue.keys,
                     temperature=TEMPERATURE,
                     ema_momentum=EMA_MOMENTUM,
-                    lr=steps.LR,
+                    lr=LR,
                     compiled=compiled,
                 ).step,
                 autocast=True,
@@ -78,7 +78,7 @@ class Forms:
         return self._side(("plain", compiled), make)
 
     def _start(self) -> Any:
-        return steps.start(self.shape.encoder, num_keys=self.shape.num_keys, device=self.shape.device)
+        return start(self.shape.encoder, num_keys=self.shape.num_keys, device=self.shape.device)
 
     def _side(self, key: Any, make: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Side:
         def run() -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting
-from linerate.bench.suites.step_parts import DIM, EMA_MOMENTUM, require_close
+from linerate.bench.suites.step_parts import require_close
+from linerate.bench.suites.step_start import DIM, EMA_MOMENTUM
 from linerate.bench.timing import Side
 from linerate.train.encoder import build_encoder
 from linerate.train.kernels import sgd_ema

@@ -17,19 +17,19 @@ from linerate.bench.counting import OpCounter
 from linerate.bench.floors import StepWork, count_step
 from linerate.bench.peers import missing_peer, open_peer
 from linerate.bench.suites import train_peers as peers
-from linerate.bench.suites.step_parts import (
-    DIM,
+from linerate.bench.suites.step_parts import count_side, name_threads, require_close
+from linerate.bench.suites.step_start import (
     EMA_MOMENTUM,
+    LR,
     TEMPERATURE,
-    count_side,
-    name_threads,
-    require_close,
+    curve_views,
+    random_views,
+    start,
 )
 from linerate.bench.timing import Side
-from linerate.train.encoder import Encoder, build_encoder
+from linerate.train.encoder import Encoder
 from linerate.train.key_queue import KeyQueue
 
-LR = 0.03
 NUM_CURVE_STEPS = 5
 
 
@@ -189,16 +189,6 @@ def build_sides(
     return our_step(encoder, queue, autocast=autocast).run, theirs
 
 
-def start(
-    name: str, *, num_keys: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[Encoder, KeyQueue]:
-    """An encoder and a queue, the same on every call."""
-    torch.manual_seed(0)
-    encoder: Encoder = build_encoder(name, dim=DIM, stem="cifar" if name.startswith("tiny") else "imagenet")
-    queue = KeyQueue(num_keys, DIM, dtype=dtype)
-    return encoder.to(device=device, dtype=dtype), queue.to(device)
-
-
 @dataclass(frozen=True)
 class OurStep:
     """train_step with what it needs."""
@@ -266,16 +256,3 @@ def require_same_losses(
         curves[0].append(ours(*views))
         curves[1].append(theirs.step(*views))
     return require_close(*curves, what=f"the losses of {steps} steps in float64", atol=1e-3)
-
-
-def curve_views(steps: int, batch: int, size: int, *, device: str = "cpu") -> Iterator[list[Tensor]]:
-    """Query and key views of each step of a loss curve, the same on every call."""
-    for step in range(steps):
-        yield [random_views(batch, size, seed=10 * step + view, device=device) for view in (0, 1)]
-
-
-def random_views(batch: int, size: int, *, seed: int, device: str = "cpu") -> Tensor:
-    """(N, 3, S, S) uint8 with channels_last strides."""
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
-    return pixels.to(device).permute(0, 3, 1, 2)

@@ -15,15 +15,13 @@ from linerate.bench.contest import Bar, Ceiling, Contest, Count, Disagreement, S
 from linerate.bench.counting import OpCounter
 from linerate.bench.heap import heap_without_holes
 from linerate.bench.suites import train_peers as peers
+from linerate.bench.suites.step_start import DIM, EMA_MOMENTUM, TEMPERATURE
 from linerate.bench.timing import Side, one_core
 from linerate.train.ema import FlatEma
 from linerate.train.encoder import build_encoder
 from linerate.train.infonce import infonce
 from linerate.train.key_queue import KeyQueue
 
-DIM = 128
-TEMPERATURE = 0.07
-EMA_MOMENTUM = 0.999
 MAX_ENQUEUE_US = 10
 NUM_CAPTURED = 20
 INFONCE_PEER = "cat + cross_entropy"

@@ -13,6 +13,7 @@ from linerate.bench.record import Record
 from linerate.bench.stage_clock import OTHER, Spans, StageClock, wrap_step
 from linerate.bench.suites import step as steps
 from linerate.bench.suites.gpu_step import GROUPS, shape_of
+from linerate.bench.suites.step_start import start
 from linerate.bench.timing import Side, synchronize
 
 
@@ -45,7 +46,7 @@ def bench_step_stages(setting: Setting) -> Iterator[Record]:
     shape = shape_of(setting, batch=256)
     clock = StageClock(shape.device)
     ours = steps.our_step(
-        *steps.start(shape.encoder, num_keys=shape.num_keys, device=shape.device),
+        *start(shape.encoder, num_keys=shape.num_keys, device=shape.device),
         autocast=True,
         bn_group=shape.batch // GROUPS,
     )

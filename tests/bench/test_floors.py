@@ -9,7 +9,8 @@ from torch import nn
 
 from linerate.bench import ceilings, cli, floors
 from linerate.bench.floors import PassCounter, StepWork, count_config, count_step, forward_flops
-from linerate.bench.suites.step import our_step, start
+from linerate.bench.suites.step import our_step
+from linerate.bench.suites.step_start import start
 from linerate.shards.errors import UserError
 from linerate.train.config import TrainConfig
 from linerate.train.encoder import build_encoder

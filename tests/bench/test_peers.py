@@ -3,9 +3,12 @@
 Stand-ins of theirs take their places here; what .venv-peers has is tried where it was built.
 """
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -185,6 +188,27 @@ def test_the_peers_pins_are_ours_where_both_sides_compute_with_them():
     for name in ("torch", "torchvision", "timm", "pillow"):
         assert theirs[name] == ours[name]
     assert theirs.keys() >= set(APART.values())
+
+
+def test_what_lightlys_worker_takes_of_ours_runs_without_what_its_environment_lacks():
+    pinned = {line.split("==")[0] for line in (ROOT / "bench" / "peers.txt").read_text().splitlines()}
+    ours = {re.split(r"[^\w-]", line)[0].lower() for line in importlib.metadata.requires("linerate") or ()}
+    lacking = [
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if not pinned & (distributions := {one.lower().replace("_", "-") for one in owners})
+        and ours & distributions
+    ]
+    assert {"tyro", "accelerate", "simplejpeg"} <= {*lacking}
+    imported = (
+        f"import sys; sys.modules.update(dict.fromkeys({lacking}));"
+        "from linerate.bench.suites import step_start, train_peers;"
+        "encoder, _ = step_start.start('tiny-resnet-w4', num_keys=64);"
+        "print(len(list(encoder.parameters())))"
+    )
+    done = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
 
 
 built = pytest.mark.skipif(
