@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from linerate.bench.fleet import machines_of
 from linerate.bench.record import Record, is_noisy, load_jsonl, number
 from linerate.train.anchors import ANCHORS
 from linerate.train.anchors_cli import shown_status, shown_value
@@ -28,14 +29,14 @@ def headline_table(results: Path, *, relative_to: Path) -> str:
     """Markdown: the first contest of each part of the way; all others stand further down."""
     rows, shown = [*HEADER], set()
     for record, link in _measured(results, relative_to=relative_to):
-        if record.name in HEADLINES and record.name not in shown and record.ratio is not None:
+        if record.name in HEADLINES and record.name not in shown and record.kind == "time" and record.ratio:
             shown.add(record.name)
             rows.append(_row(record, link))
     return "\n".join(rows)
 
 
 def results_table(results: Path, *, relative_to: Path) -> str:
-    """Markdown: the newest record of every benchmark, each linked to its line.
+    """Markdown: the newest record of every benchmark on every machine, each linked to its line.
 
     Sweeps judge accuracy, which docs/sweep.md tells with what they were made by.
     """
@@ -44,14 +45,15 @@ def results_table(results: Path, *, relative_to: Path) -> str:
 
 
 def _measured(results: Path, *, relative_to: Path) -> Iterator[tuple[Record, str]]:
+    """The newest record of each benchmark on each machine, with where its line stands."""
+    links, records = {}, []
     for path in sorted(results.glob("*.jsonl")):
-        link = path.relative_to(relative_to).as_posix()
-        lines = {
-            record.key: (record, f"{link}#L{number}")
-            for number, record in enumerate(load_jsonl(path), start=1)
-            if record.name != "sweep"
-        }
-        yield from lines.values()
+        for line, record in enumerate(load_jsonl(path), start=1):
+            if record.name != "sweep":
+                links[id(record)] = f"{path.relative_to(relative_to).as_posix()}#L{line}"
+                records.append(record)
+    for machine in machines_of(records):
+        yield from ((record, links[id(record)]) for record in machine.newest)
 
 
 def _row(record: Record, link: str) -> str:

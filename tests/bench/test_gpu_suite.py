@@ -13,9 +13,8 @@ from linerate.bench.contest import Disagreement, Setting
 from linerate.bench.record import Record
 from linerate.bench.registry import SUITES, run_benchmark
 from linerate.bench.stage_clock import StageClock
-from linerate.bench.suites import gpu_step, gpu_views, step, view_backends, view_work
+from linerate.bench.suites import gpu_step, gpu_views, step, step_start, view_backends, view_work
 from linerate.bench.suites.step_stages import timed_step
-from linerate.bench.suites.step_start import random_views
 from linerate.bench.suites.view_work import Work
 from linerate.bench.timing import MIN_ROUNDS
 from linerate.pipeline.recipe import v2
@@ -79,10 +78,10 @@ def test_the_sweep_names_its_best_cell(setting: Setting) -> None:
 
 
 def test_the_stages_of_a_step_are_all_of_it_and_change_nothing() -> None:
-    views = [random_views(8, 32, seed=view) for view in (0, 1)]
+    views = [step_start.random_views(8, 32, seed=view) for view in (0, 1)]
 
     def fresh() -> step.OurStep:
-        return step.our_step(*common_start("tiny-resnet-w4", num_keys=64), bn_group=4)
+        return step.our_step(*step_start.start("tiny-resnet-w4", num_keys=64), bn_group=4)
 
     clock, plain = StageClock("cpu"), fresh()
     marked = timed_step(fresh(), clock)
