@@ -212,16 +212,14 @@ def probe(repeats: int = 25) -> Probe:
         for _ in range(100):
             numbers = np.sqrt(numbers * 1.0001 + 0.5)
         seconds.append(time.perf_counter() - start)
-    own = os.times()
-    own_s = own.user + own.system + own.children_user + own.children_system
-    return Probe(tuple(seconds[1:]), _busy_s(), own_s, time.monotonic())
+    return Probe(tuple(seconds[1:]), _busy_s(), _own_s(), time.monotonic())
 
 
 def noise(before: Probe, after: Probe) -> dict[str, Any]:
     """The machine's unrest between two probes, with the verdict `noisy`.
 
     spread: (p90 - p10) / median over both probes. others_cores: cores kept busy meanwhile by processes that
-    are not ours (children that still run count as others), None where the system does not tell.
+    are not ours (a peer's worker and a loader's are), None where the system does not tell.
     """
     seconds = np.array(before.seconds + after.seconds)
     low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9])
@@ -242,6 +240,23 @@ def noise(before: Probe, after: Probe) -> dict[str, Any]:
         # Before they fall again: the clocks and the power of the work that was just measured.
         **(read_gpu(*GPU_STATE) if on_gpu else {}),
     }
+
+
+def _own_s() -> float:
+    """CPU seconds that this process has used, with its children, those that have ended and those that run."""
+    own = os.times()
+    children: dict[int, list[tuple[int, int]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        for line in _lines(stat):  # none where it has ended meanwhile
+            _state, parent, *rest = line.rpartition(")")[2].split()
+            ticks = sum(int(field) for field in rest[9:13])
+            children.setdefault(int(parent), []).append((int(stat.parent.name), ticks))
+    used, left = 0.0, [os.getpid()]
+    while left:
+        for process, ticks_used in children.get(left.pop(), []):
+            used += ticks_used / os.sysconf("SC_CLK_TCK")
+            left.append(process)
+    return own.user + own.system + own.children_user + own.children_system + used
 
 
 def _busy_s() -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from linerate.bench.contest import Bar, Contest, Count, Setting, timed_record
-from linerate.bench.machine import Probe, machine, noise, probe
+from linerate.bench.machine import machine, noise, probe
 from linerate.bench.projection import Projected, Traffic, project
 from linerate.bench.record import Record
 from linerate.bench.suites.scale_rank import Group, Launched, Rank
@@ -89,9 +89,9 @@ class Scaling:
             }
             for side in sides.values():
                 side.run()
-            before = _probe(groups.values())
+            before = probe()
             times = interleave(sides, rounds=rounds, min_round_s=min_round_s)
-            unrest = noise(before, _probe(groups.values()))
+            unrest = noise(before, probe())
             self.times = {(num, batch): times[f"{num} {batch}"] for num, batch in cells}
             yield from (self._record(mode, num, unrest) for mode in MODES for num in self.ranks)
             for num in self.ranks[1:]:
@@ -211,12 +211,6 @@ class Scaling:
             note=f"projection: {1e3 * found.compute_s:.3g} ms of one rank as measured, then "
             f"{found.sent_bytes / 1e6:.3g} MB at {link_gb_per_s:g} GB/s, nothing overlapped",
         )
-
-
-def _probe(groups: Iterable[Group]) -> Probe:
-    """The machine's probe; what our ranks have used is ours."""
-    found = probe()
-    return dataclasses.replace(found, own_s=found.own_s + sum(group.cpu_s for group in groups))
 
 
 def reference_traffic(config: TrainConfig, *, ranks: int, rank_batch: int) -> dict[str, int]:

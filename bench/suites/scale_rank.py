@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -37,17 +36,12 @@ WARM_STEPS = 3
 class Group(Protocol):
     """Ranks that step together when they are told to."""
 
-    cpu_s: float
-    """CPU seconds that they have used, where those are not this process's own"""
-
     def answer(self, ask: str, batch: int) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
 class Rank:
     """The run's own learner on this rank, and views that are there already."""
-
-    cpu_s = 0.0
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self._config = config
@@ -136,7 +130,7 @@ class Launched:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._asked, self._answers = self._process.stdin, self._process.stdout
-        self._num, self.cpu_s = num, 0.0
+        self._num = num
 
     def answer(self, ask: str, batch: int) -> dict[str, Any]:
         """What the first rank says when all have done it. Raises UserError where they ended."""
@@ -146,8 +140,6 @@ class Launched:
         for line in self._answers:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
-                # All ranks do the same.
-                self.cpu_s = self._num * found.pop("cpu_s")
                 return found
         self._said.seek(0)
         told = [line for line in self._said.read().splitlines() if "Error" in line]
@@ -192,7 +184,7 @@ def main(folder: Path) -> None:
             break
         answer = rank.answer(**json.loads(line[0]))
         if first:
-            sys.stdout.write(json.dumps({**answer, "cpu_s": time.process_time()}) + "\n")
+            sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
     rank.close()
 

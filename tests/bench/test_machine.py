@@ -1,10 +1,12 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from linerate.bench.machine import Probe, cgroup_quota, code_identity, machine, noise, probe
+from linerate.bench.machine import Probe, _own_s, cgroup_quota, code_identity, machine, noise, probe
 
 
 def test_the_record_names_what_decides_a_figure_and_holds_no_path():
@@ -94,3 +96,21 @@ def test_the_probe_is_timed_as_often_as_told():
     seconds = probe(repeats=5).seconds
     assert len(seconds) == 5
     assert min(seconds) > 0
+
+
+def test_what_a_child_uses_while_it_runs_is_our_own_and_is_counted_once_when_it_has_ended():
+    work = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True); input()"
+    before, started = _own_s(), os.times()
+    child = subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    running = _own_s()
+    child.communicate(b"\n")
+    ended, now = _own_s(), os.times()
+    assert running - before >= 0.4
+    # The system's own reckoning of children that have ended.
+    used = sum(
+        getattr(now, part) - getattr(started, part)
+        for part in ("user", "system", "children_user", "children_system")
+    )
+    assert ended - before == pytest.approx(used, abs=0.1)

@@ -13,7 +13,6 @@ import torch
 from linerate.bench import cli
 from linerate.bench.contest import Count, Setting
 from linerate.bench.counting import OpCounter
-from linerate.bench.machine import Probe
 from linerate.bench.projection import Traffic, project
 from linerate.bench.record import Record, load_jsonl
 from linerate.bench.registry import run_benchmark
@@ -105,8 +104,6 @@ def test_a_ring_an_all_to_all_and_a_gather_send_what_the_formulas_say() -> None:
 class Steady:
     """Stands for ranks: a step takes no time, and sends what a counter would have seen."""
 
-    cpu_s = 0.0
-
     def __init__(self, config: TrainConfig, *_: Any, **__: Any) -> None:
         self.closed = False
 
@@ -137,18 +134,6 @@ def test_collectives_besides_gradients_and_broadcasts_are_counted_and_miss_their
     assert broadcasts.bar is not None
     assert (broadcasts.ours, broadcasts.bar.met(ratio=None, ours=broadcasts.ours)) == (2, False)
     assert counts["bytes of buffers"].ours == 7
-
-
-@pytest.mark.usefixtures("_without_processes")
-def test_what_the_ranks_use_of_the_machine_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_one(cpu_s: float) -> float:
-        group = Steady(_config())
-        group.cpu_s = cpu_s
-        return scale._probe([group]).own_s
-
-    alone = Probe((1e-3,), None, 5.0, 0.0)
-    monkeypatch.setattr(scale, "probe", lambda: alone)
-    assert of_one(2.0) == 7.0
 
 
 @pytest.mark.usefixtures("_without_processes")
