@@ -131,9 +131,49 @@ def lightly_step(**shape: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _lightly_step(
+def lightly_train(
+    folder: str, *, num_batches: int, augmentation: str, num_workers: int, **shape: Any
+) -> list[list[int]]:
+    """So many steps on views that lightly's loader makes of a folder's images; the shapes of the last ones.
+
+    Dataset, transform and DataLoader are lightly's and torch's own; the epochs go on from task to task.
+    """
+    import torch
+    from lightly import transforms
+    from lightly.data import LightlyDataset
+
+    name = json.dumps([folder, augmentation, num_workers, shape])
+    if name not in _open:
+        transform = {"v1": transforms.MoCoV1Transform, "v2": transforms.MoCoV2Transform}[augmentation]
+        loader = torch.utils.data.DataLoader(
+            LightlyDataset(folder, transform=transform(input_size=shape["size"])),
+            batch_size=shape["batch"],
+            shuffle=True,
+            drop_last=True,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=shape["device"] == "cuda",
+        )
+        batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+        _open[name] = (_lightly_moco(dtype=torch.float32, **shape), batches)
+    moco, batches = _open[name]
+    views: list[Any] = []
+    for (query, key), *_ in itertools.islice(batches, num_batches):
+        views = [view.to(shape["device"], non_blocking=True) for view in (query, key)]
+        moco.step_on_floats(*views)
+    if shape["device"] == "cuda":
+        torch.cuda.synchronize()
+    return [list(view.shape) for view in views]
+
+
+def _lightly_step(**shape: Any) -> Callable[[Any, Any], Any]:
+    step: Callable[[Any, Any], Any] = _lightly_moco(**shape).step
+    return step
+
+
+def _lightly_moco(
     *, encoder: str, num_keys: int, device: str, autocast: bool, num_threads: int, dtype: Any, **_: int
-) -> Callable[[Any, Any], Any]:
+) -> Any:
     import torch
 
     from linerate.bench.suites import step_start
@@ -141,7 +181,7 @@ def _lightly_step(
 
     torch.set_num_threads(num_threads)
     built, queue = step_start.start(encoder, num_keys=num_keys, device=device, dtype=dtype)
-    moco = LightlyMoCo(
+    return LightlyMoCo(
         built,
         queue.keys,
         temperature=step_start.TEMPERATURE,
@@ -149,7 +189,6 @@ def _lightly_step(
         lr=step_start.LR,
         autocast=autocast,
     )
-    return moco.step
 
 
 TASKS: dict[str, Callable[..., Any]] = {
@@ -163,6 +202,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         forget,
         lightly_losses,
         lightly_step,
+        lightly_train,
     )
 }
 

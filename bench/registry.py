@@ -99,7 +99,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         "gpu_views:bench_views_sweep", "DALI's views over hw_decoder_load x threads x prefetch"
     ),
     "train": Benchmark(
-        "pipeline:bench_train", "loader alone, step alone, and both together; the recipe `demo`"
+        "pipeline:bench_train",
+        "loader alone, step alone, and both together, also against lightly's run; the recipe `demo`",
+        ("lightly",),
     ),
     "scale": Benchmark(
         "scale:bench_scale",

@@ -95,7 +95,7 @@ def pipeline_records(
     return [*records, timed_record(name, both, times=shared, noise=unrest, suite="pipeline")]
 
 
-def bench_train(setting: Setting) -> Iterator[Record]:
+def bench_train(setting: Setting) -> Iterator[Record | Contest]:
     """The recipe `demo` on generated images; on a GPU `in1m-v2`, whose step a GPU is there for."""
     num_images, batch, budget_s = setting.pick(
         tiny=(40, 8, 0.0),
@@ -124,6 +124,10 @@ def bench_train(setting: Setting) -> Iterator[Record]:
             bn=dataclasses.replace(config.bn, bn_group=batch // 2, shuffle_block=batch),
         )
     yield from measure_pipeline(config, catalog, budget_s=budget_s, rounds=setting.rounds)
+    # That module imports this one.
+    from linerate.bench.suites.train_lightly import against_lightlys_run
+
+    yield from against_lightlys_run(config, catalog, images, setting=setting, budget_s=budget_s / 4)
 
 
 class Stages:

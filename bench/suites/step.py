@@ -15,7 +15,7 @@ from linerate.bench.ceilings import step_ceiling
 from linerate.bench.contest import Bar, Ceiling, Contest, Count, Setting
 from linerate.bench.counting import OpCounter
 from linerate.bench.floors import StepWork, count_step
-from linerate.bench.peers import missing_peer, open_peer
+from linerate.bench.peers import Ask, missing_peer, open_peer
 from linerate.bench.suites import train_peers as peers
 from linerate.bench.suites.step_parts import count_side, name_threads, require_close
 from linerate.bench.suites.step_start import (
@@ -93,19 +93,7 @@ def against_lightly(
 
         def agree() -> str:
             assert ask is not None
-            small = {**shape, **(curve or {})}
-            theirs = ask("lightly_losses", **small, **how, autocast=False, steps=NUM_CURVE_STEPS)
-            start_ours = start(
-                small["encoder"], num_keys=small["num_keys"], dtype=torch.float64, device=device
-            )
-            run = our_step(*start_ours).run
-            views = curve_views(NUM_CURVE_STEPS, small["batch"], small["size"], device=device)
-            return require_close(
-                [run(*pair).cpu() for pair in views],
-                [torch.tensor(loss, dtype=torch.float64) for loss in theirs],
-                what=f"the losses of {NUM_CURVE_STEPS} steps in float64",
-                atol=1e-3,
-            )
+            return require_lightlys_losses(ask, {**shape, **(curve or {}), **how})
 
         yield Contest(
             peer="lightly",
@@ -120,6 +108,25 @@ def against_lightly(
             ceiling=ceiling,
             note="lightly's own loss and shuffle, in a process of its own; NCHW and no scheduler",
         )
+
+
+def require_lightlys_losses(ask: Ask, shape: Mapping[str, Any]) -> str:
+    """What was found equal. Raises Disagreement where our losses and lightly's part, from the same start.
+
+    shape: what `against_lightly` names, with `device` and `num_threads`.
+    """
+    theirs = ask("lightly_losses", **shape, autocast=False, steps=NUM_CURVE_STEPS)
+    device, encoder, num_keys = shape["device"], shape["encoder"], shape["num_keys"]
+    run = our_step(*start(encoder, num_keys=num_keys, dtype=torch.float64, device=device)).run
+    return require_close(
+        [
+            run(*pair).cpu()
+            for pair in curve_views(NUM_CURVE_STEPS, shape["batch"], shape["size"], device=device)
+        ],
+        [torch.tensor(loss, dtype=torch.float64) for loss in theirs],
+        what=f"the losses of {NUM_CURVE_STEPS} steps in float64",
+        atol=1e-3,
+    )
 
 
 def _count_step(

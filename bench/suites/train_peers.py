@@ -162,13 +162,17 @@ class LightlyMoCo:
 
     def step(self, query_images: Tensor, key_images: Tensor) -> Tensor:
         """The loss of one iteration on (N, 3, S, S) uint8 views."""
+        return self.step_on_floats(self.normalise(query_images), self.normalise(key_images))
+
+    def step_on_floats(self, query_images: Tensor, key_images: Tensor) -> Tensor:
+        """The same on (N, 3, S, S) normalised floats, as lightly's transforms end with."""
         from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 
         update_momentum(self.query_encoder, self.key_encoder, m=self.ema_momentum)
         with torch.autocast(query_images.device.type, torch.bfloat16, enabled=self.autocast):
-            query = self.query_encoder(self.normalise(query_images))
+            query = self.query_encoder(query_images)
             with torch.no_grad():
-                shuffled, order = batch_shuffle(self.normalise(key_images))
+                shuffled, order = batch_shuffle(key_images)
                 key = batch_unshuffle(self.key_encoder(shuffled), order)
             loss = self.criterion(query, key.detach())
         self.optimizer.zero_grad()

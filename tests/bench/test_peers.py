@@ -3,6 +3,8 @@
 Stand-ins of theirs take their places here; what .venv-peers has is tried where it was built.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -10,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,12 @@ from linerate.bench import peers
 from linerate.bench.contest import Contest, Disagreement, Setting, run_contest
 from linerate.bench.images import ImageFolder, copy_folder, load_images
 from linerate.bench.peers import APART, missing_peer, open_peer
-from linerate.bench.suites import pack_pixels, step
+from linerate.bench.suites import pack_pixels, step, train_lightly
 from linerate.bench.suites.read import bench_read
 from linerate.bench.suites.shards import against_stream_writers
 from linerate.bench.timing import Side
+from linerate.shards.pack import pack
+from linerate.train.recipes import find_recipe
 
 FAKES = Path(__file__).with_name("fake_peers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +138,46 @@ def test_lightly_learns_as_ours_from_the_same_start_and_one_that_does_not_is_ref
         assert settled(contest).startswith("the losses of 5 steps in float64, to ")
         monkeypatch.setattr(step, "EMA_MOMENTUM", 0.5)
         with pytest.raises(Disagreement, match="losses of 5 steps"):
+            contest.agree()
+
+
+@pytest.fixture
+def small_run(
+    setting: Setting, images: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Iterator[Contest]]:
+    config = find_recipe("demo").build()
+    config = dataclasses.replace(
+        config,
+        views=dataclasses.replace(config.views, size=16, backend="torch"),
+        model=dataclasses.replace(config.model, encoder="tiny-resnet-w4"),
+        dictionary=dataclasses.replace(config.dictionary, num_keys=64),
+        optim=dataclasses.replace(config.optim, global_batch=4),
+        bn=dataclasses.replace(config.bn, bn_group=2, shuffle_block=4),
+    )
+    monkeypatch.setattr(train_lightly, "usable_cores", lambda: 0)
+    catalog = pack(images.root, setting.scratch / "shards", num_workers=0)
+    return lambda: train_lightly.against_lightlys_run(config, catalog, images, setting=setting, budget_s=0.0)
+
+
+def test_lightlys_run_learns_from_the_folder_that_our_shards_were_packed_from(
+    small_run: Callable[[], Iterator[Contest]], fakes: None
+):
+    for contest in small_run():
+        assert settled(contest).endswith("; the shapes of the views")
+        assert contest.amount == 4
+
+
+def test_lightlys_views_of_another_size_are_refused(
+    small_run: Callable[[], Iterator[Contest]], monkeypatch: pytest.MonkeyPatch
+):
+    @contextlib.contextmanager
+    def other_size(module: str) -> Iterator[peers.Ask]:
+        yield lambda task, **what: [[4, 3, 8, 8]] * 2
+
+    monkeypatch.setattr(train_lightly, "missing_peer", lambda module: None)
+    monkeypatch.setattr(train_lightly, "open_peer", other_size)
+    for contest in small_run():
+        with pytest.raises(Disagreement, match=r"views are \[\[4, 3, 8, 8\]"):
             contest.agree()
 
 
