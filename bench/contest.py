@@ -128,10 +128,15 @@ class Count:
 def run_contest(name: str, contest: Contest | Count | Record, *, setting: Setting, suite: str) -> Record:
     """The record of one contest: agreement, interleaved rounds, ratio with interval, share of the ceiling.
 
-    What is a record already stays as it is.
+    What is a record already stays as it is, but for where and when.
     """
     if isinstance(contest, Record):
-        return dataclasses.replace(contest, suite=suite)
+        return dataclasses.replace(
+            contest,
+            suite=suite,
+            machine=contest.machine or machine(),
+            measured_at=contest.measured_at or _now(),
+        )
     if isinstance(contest, Count):
         return _count_record(name, contest, suite)
     blank = _blank_record(name, contest, suite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,10 @@ class FloorsCommand(RecipeCommand):
         super().__post_init__()
         for name in ("gb_per_s", "tflops"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
                 raise UserError(
-                    f"--{flag} {value:g} must be above 0; an H200's are 4300 GB/s and 790 TFLOP/s"
+                    f"--{flag} {value:g} must be above 0 and finite; an H200's are 4300 GB/s and 790 TFLOP/s"
                 )
 
 

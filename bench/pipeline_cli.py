@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ class PipelineCommand(RecipeCommand):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.seconds > 0:
-            raise UserError(f"--seconds {self.seconds:g} must be above 0, as 60")
+        if not 0 < self.seconds < math.inf:
+            raise UserError(f"--seconds {self.seconds:g} must be above 0 and finite, as 60")
         if self.rounds < MIN_ROUNDS:
             raise UserError(f"--rounds {self.rounds} cannot carry a 95 % interval; give {MIN_ROUNDS} or more")
 

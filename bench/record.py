@@ -133,8 +133,12 @@ def load_jsonl(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"there is no results file {path}; `linerate bench run --out {path}` writes one")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text; give a file that `linerate bench run --out` wrote") from None
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from linerate.bench.record import append_jsonl, results_table
 from linerate.bench.timing import MIN_ROUNDS
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import emit_json
+from linerate.shards.terminal import emit_json, make_parent
 from linerate.train.cli import RecipeCommand, parse_recipe
 
 SUITE = "scale"
@@ -42,8 +43,14 @@ class ScaleCommand(RecipeCommand):
             raise UserError(
                 "--project-to and --link-gb-per-s go together, as --project-to 8 64 --link-gb-per-s 50"
             )
-        if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
-            raise UserError(f"--link-gb-per-s {self.link_gb_per_s:g} must be above 0; 50 is 400 Gbit/s")
+        if self.link_gb_per_s is not None and not 0 < self.link_gb_per_s < math.inf:
+            raise UserError(
+                f"--link-gb-per-s {self.link_gb_per_s:g} must be above 0 and finite; 50 is 400 Gbit/s"
+            )
+        if self.out is not None:
+            if self.out.is_dir():
+                raise UserError(f"--out {self.out} is a folder; name a file, as {self.out / 'results.jsonl'}")
+            make_parent(self.out)
         if self.project_to and max(self.ranks, default=1) < 2:
             raise UserError("a projection needs the bytes of at least two ranks; give --ranks 1 2")
 

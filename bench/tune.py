@@ -196,7 +196,9 @@ def _try(
     other = _with(best, name, value)
     refused, ratio = None, None
     try:
-        refused = _refusal(best, other, catalog, name, part, ranks=ranks)
+        # One rank's refusal holds for all, before any of them times a step that needs the others.
+        told = ranks.gather(_refusal(best, other, catalog, name, part, ranks=ranks))
+        refused = next((why for why in told if why is not None), None)
         if refused is None:
             _, ratio = _time(other, best, catalog, part, budget_s=budget_s, rounds=rounds, ranks=ranks)
     except torch.OutOfMemoryError:

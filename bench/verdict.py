@@ -80,7 +80,7 @@ def _difference(a: Record | None, b: Record | None, tolerance: float, of: Of) ->
         name=shown.name,
         peer=shown.peer or "",
         work=shown.work,
-        unit=shown.unit if of == "rate" else "x",
+        unit=shown.unit if of == "rate" or shown.kind == "count" else "x",
         a=_value(a, of),
         b=_value(b, of),
         ratio=ratio,

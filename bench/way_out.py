@@ -83,9 +83,9 @@ def way_out(model: BatchModel, found: Bottleneck, about: Surroundings) -> str:
     if found.kind == "shared" and not about.on_gpu and stage != "to-device":
         if about.config.views.backend == "torch" and about.loader_threads == 1 < about.cores:
             return f"--loader-threads {about.cores} gives the loader processes of its own"
-        # Whatever takes the turns, more cores shorten them all.
+        # Whatever takes the turns, more cores shorten them all; nobody measured by how much.
         twice = show_rate(2 * model.rate())
-        return f"{_cores_of(about, 'more ')} would lift it to about {twice}"
+        return f"{_cores_of(about, 'more ')} would lift it to {twice} at most"
     if stage in ("decode", "augment", "loader"):
         ways = [*_loads(model, found, about), *_cores(model, found, about)]
         if ways:

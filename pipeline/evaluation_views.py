@@ -34,6 +34,8 @@ from linerate.shards.inspect_image import one_line
 CropBackend = Literal["dali", "torch"]
 """torch is Pillow in threads; it needs no DALI."""
 AHEAD_BATCHES = 2
+DECODED_BYTES = 64 * 2**20
+"""Most that the images of one of DALI's batches may take decoded; a single one may take more."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,21 @@ def open_images(
     batch: int,
     positions: NDArray[np.int64] | None = None,
 ) -> Iterator[LabelledImages]:
-    """The samples at positions (None: all) in that order, each exactly once; the last batch may be short.
+    """The samples at positions (None: all) in that order, each exactly once; batches may be short.
 
     Pixels are those of torchvision's Resize(resize), bilinear and antialiased, then CenterCrop(size), on
     the image as RGB: with torch to the level, with dali to one level and half a level on average. A batch in
-    which DALI refuses an image is made with torch. Raises UserError where the crop is larger than the resized
-    image, or a sample does not decode.
+    which DALI refuses an image is made with torch. Of damage inside an image that `shard pack --check decode`
+    finds, torch refuses some that DALI, as in training, fills with gray. Raises UserError where the crop is
+    larger than the resized image, or a sample does not decode.
     """
     crop = CentreCrop(size=size, resize=resize)
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
+    if backend == "dali":
+        # DALI holds whole decoded images of two or three batches, Pillow one a thread.
+        largest = 3 * max(1, catalog.max_height * catalog.max_width)
+        batch = max(1, min(batch, DECODED_BYTES // largest))
     wanted = np.arange(catalog.num_samples) if positions is None else np.asarray(positions, dtype=np.int64)
     batches = np.split(wanted, range(batch, len(wanted), batch)) if len(wanted) else []
     make = _by_dali if backend == "dali" else _by_torch

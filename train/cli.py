@@ -136,11 +136,17 @@ def parse_recipe(
     recipe = find_recipe(argv[0]).build()
     words = argv[1:]
     if (profile := _value_of(tuned, words)) is not None:
-        words = [*load_profile(Path(profile)).flags(), *words]
+        words = [*load_profile(Path(profile), flag=tuned).flags(), *words]
     words = _one_length(_with_values(_shuffled(words)))
     default: Any = {"config": ConfigFlags(**_fields(recipe))}
     command = parse_args(kind, words, prog=f"{prog} {argv[0]}", default=kind(**default))
     config = TrainConfig(**_fields(command.config))
+    # Not a rule of ShuffleBN: checkpoints that were written with both stay good.
+    if is_given("--shuffle-block", words) and not config.bn.shuffle:
+        raise UserError(
+            f"--shuffle-block {config.bn.shuffle_block} says among which images keys change places, and "
+            "without shuffling they keep theirs: give one of --shuffle-block and --no-shuffle"
+        )
     if command.shards is not None:
         num_images = open_shards(command.shards, command).num_samples
         require_one_batch(config.optim.global_batch, num_images=num_images)
@@ -150,16 +156,19 @@ def parse_recipe(
 
 def _shuffled(words: list[str]) -> list[str]:
     """The words, with the sweep's `--shuffle-bn on` and `off` as `--shuffle` and `--no-shuffle`."""
-    if (value := _value_of("--shuffle-bn", words)) is None:
-        return words
-    if value not in ("on", "off"):
-        raise UserError(f"--shuffle-bn {value} is neither on nor off; off is the ablation, as --no-shuffle")
-    rest = [
-        word
-        for before, word in pairwise(["", *words])
-        if "--shuffle-bn" not in (before, word) and not word.startswith("--shuffle-bn=")
-    ]
-    return [*rest, "--shuffle" if value == "on" else "--no-shuffle"]
+    found: list[str] = []
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag != "--shuffle-bn":
+            found.append(word)
+            continue
+        value = value if equals else next(left, "")
+        if value not in ("on", "off"):
+            told = f"--shuffle-bn {value} is neither on nor off" if value else "--shuffle-bn wants on or off"
+            raise UserError(f"{told}; off is the ablation, as --no-shuffle")
+        found.append("--shuffle" if value == "on" else "--no-shuffle")
+    return found
 
 
 def _with_values(words: list[str]) -> list[str]:

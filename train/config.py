@@ -148,11 +148,6 @@ class ShuffleBN:
 
     def __post_init__(self) -> None:
         at_least("bn_group", self.bn_group, 1)
-        if self.shuffle_block is not None and not self.shuffle:
-            raise UserError(
-                f"shuffle_block={self.shuffle_block} says among which images keys change places, and "
-                "shuffle=False keeps them in theirs: give one of --shuffle-block and --no-shuffle"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def _build_backbone(name: str) -> nn.Module:
 def _unknown(name: str) -> UserError:
     # The names are 1,300: only the nearest belong on a line.
     close = difflib.get_close_matches(name, [*_OURS, "tiny-resnet", *timm.list_models()], n=3)
-    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    meant = f"; did you mean {' or '.join(close)}?" if close else "."
     return UserError(
         f"encoder={name} is not known{meant} Give tiny-resnet, {', '.join(_OURS)}, or any name of "
         "timm.list_models(), as resnet50"

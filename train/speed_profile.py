@@ -69,31 +69,31 @@ class SpeedProfile:
             temporary.unlink(missing_ok=True)
 
 
-def load_profile(path: Path) -> SpeedProfile:
+def load_profile(path: Path, *, flag: str = "--profile") -> SpeedProfile:
     """The profile in a file. Raises UserError where it is missing, newer, or holds what may not be tuned."""
     if not path.is_file():
         raise UserError(
-            f"--profile {path} is not there; make one with `linerate tune RECIPE --shards S --out {path}`"
+            f"{flag} {path} is not there; make one with `linerate tune RECIPE --shards S --out {path}`"
         )
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         version, speed = int(plain["profile_version"]), dict(plain["speed"])
         profile = SpeedProfile(speed=speed, made_for=dict(plain["made_for"]), report=plain.get("report", {}))
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"--profile {path} is no profile of `linerate tune`; make it anew") from None
+        raise UserError(f"{flag} {path} is no profile of `linerate tune`; make it anew") from None
     if version > PROFILE_VERSION:
         raise UserError(
-            f"--profile {path} has version {version}, this linerate reads {PROFILE_VERSION}; update linerate"
+            f"{flag} {path} has version {version}, this linerate reads {PROFILE_VERSION}; update linerate"
         )
     if strange := sorted(speed.keys() - set(TUNABLE)):
         raise UserError(
-            f"--profile {path} sets {', '.join(strange)}, which may change results; "
+            f"{flag} {path} sets {', '.join(strange)}, which may change results; "
             f"a profile may set {', '.join(TUNABLE)}"
         )
     hints = typing.get_type_hints(Speed)
     for name, value in speed.items():
         if not _is_of(value, hints[name]):
-            raise UserError(f"--profile {path} sets {name}={value!r}, which is no value for it; make it anew")
+            raise UserError(f"{flag} {path} sets {name}={value!r}, which is no value for it; make it anew")
     return profile
 
 

@@ -157,7 +157,7 @@ def test_on_shared_cores_the_times_add_and_more_cores_shorten_both():
     made = times({"read": 0.1, "decode": 1.0, "augment": 0.3}, {"backward": 1.2}, side_by_side=False)
     assert sentence(made, on_gpu=False, cores=2) == (
         "backward-bound: 38.5 pairs/s, as loader (71.4) and step (83.3) take turns on 2 cores, and without "
-        "backward 71.4; 2 more cores would lift it to about 76.9"
+        "backward 71.4; 2 more cores would lift it to 76.9 at most"
     )
 
 

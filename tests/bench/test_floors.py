@@ -177,7 +177,7 @@ def test_without_ceilings_the_machines_own_are_measured(
     assert json.loads(capsys.readouterr().out)["ceilings"] == {"gb_per_s": 7.0, "tflops": 2.0}
 
 
-@pytest.mark.parametrize("words", [["--gb-per-s", "0"], ["--tflops", "-1"]])
+@pytest.mark.parametrize("words", [["--gb-per-s", "0"], ["--tflops", "-1"], ["--gb-per-s", "inf"]])
 def test_a_ceiling_of_nothing_is_refused(words: list[str]) -> None:
-    with pytest.raises(UserError, match="must be above 0; an H200's are 4300"):
+    with pytest.raises(UserError, match="must be above 0 and finite; an H200's are 4300"):
         cli.main(["floors", "demo", *words])

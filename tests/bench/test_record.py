@@ -54,6 +54,13 @@ def test_a_file_that_is_no_results_file_is_the_users_error(tmp_path: Path, text:
         load_jsonl(path)
 
 
+def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path):
+    path = tmp_path / "shards.parquet"
+    path.write_bytes(b"PAR1\x00\xff\xfe")
+    with pytest.raises(UserError, match="is no text"):
+        load_jsonl(path)
+
+
 def test_a_missing_file_is_the_users_error(tmp_path: Path):
     with pytest.raises(UserError, match="there is no results file"):
         load_jsonl(tmp_path / "absent.jsonl")

@@ -13,6 +13,7 @@ import torch
 from linerate.bench import cli
 from linerate.bench.contest import Count, Setting
 from linerate.bench.counting import OpCounter
+from linerate.bench.fleet import machines_of
 from linerate.bench.projection import Traffic, project
 from linerate.bench.record import Record, load_jsonl
 from linerate.bench.registry import run_benchmark
@@ -180,6 +181,8 @@ def test_the_command_prints_the_projection_apart_and_keeps_every_line(
     records = load_jsonl(tmp_path / "scale.jsonl")
     assert [bool(record.ours_s) for record in records if record.kind == "time"] == [True] * 4 + [False]
     assert {record.suite for record in records} == {"scale"}
+    assert len(machines_of(records)) == 1, "what is projected stands beside what it is projected from"
+    assert all(record.measured_at for record in records)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,8 @@ def test_the_command_prints_the_projection_apart_and_keeps_every_line(
         (["--project-to", "8"], "go together"),
         (["--link-gb-per-s", "50"], "go together"),
         (["--project-to", "8", "--link-gb-per-s", "0"], "must be above 0"),
+        (["--project-to", "8", "--link-gb-per-s", "inf"], "must be above 0"),
+        (["--out", "."], "is a folder; name a file"),
         (["--ranks", "1", "--project-to", "8", "--link-gb-per-s", "50"], "at least two ranks"),
         (["--ranks", "0"], "each must be at least 1"),
         (["--rounds", "3"], "give 7 or more"),

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from linerate.pipeline import evaluation_views
 from linerate.pipeline.evaluation_views import decode_rgb, open_images
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.errors import UserError
@@ -43,9 +44,10 @@ def test_pillows_pixels_are_torchvisions(catalog, size, resize):
 def require_near(catalog, *, size, resize, num):
     """DALI's crops lie at most a level from torchvision's, half a level on average, at the edges too."""
     jpegs = ShardReader(catalog).read(np.arange(num)).jpegs
-    batch = next(open_images(catalog, size=size, resize=resize, batch=num, num_threads=2))
-    assert len(batch.images) == num
-    for image, jpeg in zip(batch.images, jpegs, strict=True):
+    batches = list(open_images(catalog, size=size, resize=resize, batch=num, num_threads=2))
+    images = torch.cat([batch.images for batch in batches])[:num]
+    assert len(images) == num
+    for image, jpeg in zip(images, jpegs, strict=True):
         off = (image.int() - by_torchvision(jpeg, size=size, resize=resize).int()).abs().float()
         assert off.max() <= 1
         assert off.mean() <= 0.5
@@ -154,3 +156,14 @@ def test_what_does_not_decode_is_a_value_error_in_one_line(make_sample):
     # Not the address that Pillow's own words hold: it differs from run to run.
     with pytest.raises(ValueError, match=r"identify it$"):
         decode_rgb(whole[100:])
+
+
+def test_a_batch_of_dalis_holds_no_more_decoded_images_than_fit_the_bound(catalog, monkeypatch):
+    largest = 3 * catalog.max_height * catalog.max_width
+    monkeypatch.setattr(evaluation_views, "DECODED_BYTES", 5 * largest)
+    for backend, sizes in (("dali", {5}), ("torch", {16})):
+        batches = list(open_images(catalog, size=16, resize=20, batch=16, num_threads=1, backend=backend))
+        assert {len(batch.images) for batch in batches[:-1]} == sizes
+        assert torch.cat([batch.position for batch in batches]).tolist() == list(range(catalog.num_samples))
+    monkeypatch.setattr(evaluation_views, "DECODED_BYTES", 1)
+    assert len(next(open_images(catalog, size=16, resize=20, batch=16, num_threads=1)).images) == 1

@@ -10,6 +10,7 @@ from linerate.__main__ import main
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 from linerate.train.cli import damage_rows, parse_train
+from linerate.train.config import ShuffleBN
 from linerate.train.pretrain import pretrain
 from linerate.train.recipes import RECIPES
 from linerate.train.run_folder import Damage
@@ -53,6 +54,19 @@ def test_shuffle_bn_is_switched_by_the_name_that_the_paper_has_for_it() -> None:
         assert (config.bn.shuffle, config.seed) == (on, 5)
     with pytest.raises(UserError, match="--shuffle-bn no is neither on nor off"):
         parse_train(["cifar10", "--shuffle-bn", "no"])
+    with pytest.raises(UserError, match="--shuffle-bn wants on or off"):
+        parse_train(["cifar10", "--shuffle-bn"])
+
+
+def test_of_shuffle_bn_and_its_other_names_the_last_one_counts() -> None:
+    for words, on in (("--shuffle-bn off --shuffle", True), ("--shuffle-bn on --no-shuffle", False)):
+        assert parse_train(["cifar10", *words.split()])[1].bn.shuffle == on
+
+
+def test_a_shuffle_block_without_shuffling_is_refused_here_and_still_read_from_old_checkpoints() -> None:
+    with pytest.raises(UserError, match="give one of --shuffle-block and --no-shuffle"):
+        parse_train(["cifar10", "--no-shuffle", "--shuffle-block", "64"])
+    assert ShuffleBN(shuffle=False, shuffle_block=64).shuffle_block == 64
 
 
 def test_a_length_in_one_unit_replaces_the_recipes_in_the_other() -> None:

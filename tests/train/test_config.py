@@ -115,7 +115,6 @@ def test_views_carry_their_exceptions_into_the_pipelines_recipe() -> None:
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=100)), "the nearest that do: 64, 128"),
         (lambda: TrainConfig(recipe="x", bn=ShuffleBN(shuffle_block=32)), "a bn_group of at most 16"),
         (lambda: TrainConfig(recipe="x", num_lanes=3), "the nearest that do: 2, 4"),
-        (lambda: ShuffleBN(shuffle_block=64, shuffle=False), "give one of --shuffle-block and --no-shuffle"),
         (lambda: with_bn(sync_bn=True), "give --bn-group 256 --no-shuffle with it"),
         (lambda: with_bn(sync_bn=True, bn_group=256), "shuffle=True have them in groups"),
     ],

@@ -170,14 +170,14 @@ def open_cached_features(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(features, labels) of the training and of the test samples, by position.
 
-    They are files in the folder, named by weights, shards and size; what is missing is extracted now.
+    They are files in the folder, named by weights, shards, size and backend; what is missing is extracted.
     """
 
     def cached(samples: LabelledSet) -> tuple[Tensor, Tensor]:
         catalog = samples.catalog
-        path = folder / f"{weights_xxh3}-{catalog.plan_id[:16]}-{catalog.num_samples}-{size}.npy"
+        path = folder / f"{weights_xxh3}-{catalog.plan_id[:16]}-{catalog.num_samples}-{size}-{backend}.npy"
         if not path.exists():
-            source = _feature_source(catalog, weights_xxh3=weights_xxh3, size=size)
+            source = _feature_source(catalog, weights_xxh3=weights_xxh3, size=size, backend=backend)
             write_features(
                 encode,
                 catalog,
@@ -215,7 +215,7 @@ def feature_tests(test: tuple[Tensor, Tensor], *, device: str, batch: int = 4096
     return batches
 
 
-def _feature_source(catalog: Catalog, *, weights_xxh3: str, size: int) -> FeatureSource:
+def _feature_source(catalog: Catalog, *, weights_xxh3: str, size: int, backend: CropBackend) -> FeatureSource:
     return FeatureSource(
         checkpoint="",
         weights_xxh3=weights_xxh3,
@@ -224,4 +224,5 @@ def _feature_source(catalog: Catalog, *, weights_xxh3: str, size: int) -> Featur
         features="backbone",
         size=size,
         dtype="float32",
+        backend=backend,
     )

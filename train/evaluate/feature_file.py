@@ -50,6 +50,8 @@ class FeatureSource:
     size: int
     """Side of the images, pixels."""
     dtype: Dtype
+    backend: CropBackend = "dali"
+    """Whose centre crops they are of."""
 
 
 def write_features(

@@ -63,7 +63,12 @@ def main(argv: list[str]) -> int:
     require_writable(command.out)
     trained, catalog = load_trained(command.run), open_shards(command.shards, command)
     source = describe_source(
-        trained, catalog, features=command.features, size=command.size, dtype=command.dtype
+        trained,
+        catalog,
+        features=command.features,
+        size=command.size,
+        dtype=command.dtype,
+        backend=command.backend,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with progress("features", total=catalog.num_samples, unit="images") as advance:
@@ -96,6 +101,7 @@ def describe_source(
     features: str,
     size: int | None,
     dtype: Literal["float32", "float16"] = "float32",
+    backend: CropBackend = "dali",
 ) -> FeatureSource:
     """What the features will be of. Raises UserError where the encoder does not take that size."""
     import xxhash
@@ -115,4 +121,5 @@ def describe_source(
         features=features,
         size=size,
         dtype=dtype,
+        backend=backend,
     )
