@@ -24,6 +24,10 @@ from linerate.bench.timing import Interval, unpaired_ratio
 
 Of = Literal["rate", "ratio"]
 Verdict = Literal["faster", "slower", "same", "only in A", "only in B", "refused in B", "not comparable"]
+# Units of counts that are one reading of resident memory, in bytes or as growth.
+GROWTH = "%"
+READINGS = ("MiB", GROWTH)
+READING_WANDER = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,9 @@ def compare_records(
 
     of="rate" compares our own rates; of="ratio" compares the ratios to the peer, which a slower or busier
     machine moves less. A difference is real when its 95 % interval excludes 1, and a regression when besides
-    B is worse by more than `tolerance` (0.05 is 5 %). Counts are exact: any rise is real. What was measured
-    in A and refused in B is a regression, too.
+    B is worse by more than `tolerance` (0.05 is 5 %). Counts are exact: any rise is real, but for single
+    readings of the system's memory, which wander: within a tenth, or of growth below the bar.
+    What was measured in A and refused in B is a regression, too.
     """
     in_a, in_b = latest(a), latest(b)
     differences = []
@@ -72,6 +77,8 @@ def _difference(a: Record | None, b: Record | None, tolerance: float, of: Of) ->
         verdict = "refused in B"
     elif ratio is None:
         verdict = "not comparable"
+    elif _wanders(a, b, ratio):
+        verdict = "same"
     elif ratio.low > 1:
         verdict = "faster"
     else:
@@ -107,6 +114,13 @@ def _ratio(a: Record, b: Record, of: Of) -> Interval | None:
     ratios_a = np.array(a.theirs_s) / np.array(a.ours_s)
     ratios_b = np.array(b.theirs_s) / np.array(b.ours_s)
     return unpaired_ratio(ratios_b, ratios_a)
+
+
+def _wanders(a: Record, b: Record, ratio: Interval) -> bool:
+    """Both are readings of memory that are no further apart than two of one program."""
+    if a.kind != "count" or a.unit not in READINGS:
+        return False
+    return bool(a.met and b.met) if a.unit == GROWTH else abs(ratio.median - 1) <= READING_WANDER
 
 
 def _exact_ratio(above: Record, below: Record) -> Interval | None:
@@ -153,15 +167,15 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
             name_cell(difference.name, difference.peer),
             f"{number(difference.a)}\n[dim]{plain(difference.unit)}[/]",
             number(difference.b),
-            _ratio_cell(ratio),
+            _ratio_cell(ratio, exactly="one reading" if difference.unit in READINGS else "exact"),
             f"[{colour.get(difference.verdict, 'dim')}]{difference.verdict}[/]\n{', '.join(notes)}",
         )
     return Group(table, works_table(differences))
 
 
-def _ratio_cell(ratio: Interval | None) -> str:
+def _ratio_cell(ratio: Interval | None, *, exactly: str) -> str:
     if ratio is None:
         return "-"
     if ratio.low == ratio.high:
-        return f"{'to 0' if math.isinf(ratio.median) else f'{ratio.median:.2f}x'}\n[dim]exact[/]"
+        return f"{'to 0' if math.isinf(ratio.median) else f'{ratio.median:.2f}x'}\n[dim]{exactly}[/]"
     return f"{ratio.median:.2f}x\n[dim]{ratio.low:.2f} to {ratio.high:.2f}[/]"

@@ -111,6 +111,17 @@ def test_a_core_to_which_a_benchmark_pinned_itself_is_no_other_machine():
     assert difference.caveat == ""
 
 
+def test_readings_of_memory_may_wander_by_a_tenth_and_growth_below_its_bar():
+    def memory(ours: float, *, unit: str = "MiB", met: bool = True) -> Record:
+        return record(1, kind="count", unit=unit, ours=ours, ours_s=(), theirs_s=(), met=met)
+
+    assert verdict(memory(1000), memory(1090)) == ("same", False)
+    assert verdict(memory(1000), memory(1200)) == ("slower", True)
+    assert verdict(memory(0.5, unit="%"), memory(0.9, unit="%")) == ("same", False)
+    assert verdict(memory(0.5, unit="%"), memory(2.5, unit="%", met=False)) == ("slower", True)
+    assert verdict(memory(1000, unit="bytes"), memory(1090, unit="bytes")) == ("slower", True)
+
+
 def test_the_table_shows_interval_exactness_and_reasons_within_80_columns():
     counted = record(1, name="enqueue", kind="count", unit="queue copies", ours=1.0, ours_s=(), theirs_s=())
     pairs = (
