@@ -34,6 +34,7 @@ def against_lightlys_run(
         stages = opened.enter_context(contextlib.closing(Stages(config, catalog)))
         ask = None if missing else opened.enter_context(open_peer("lightly"))
         num = stages.fit(budget_s, setting.rounds)
+        warm = max(1, PREFETCH * num_workers)
         shape: dict[str, Any] = {
             "encoder": config.model.encoder,
             "num_keys": config.dictionary.num_keys,
@@ -70,7 +71,7 @@ def against_lightlys_run(
             unit="pairs/s",
             amount=num * stages.batch,
             ours=stages.sides(num)["both"],
-            theirs=Side(run=partial(train, num), prepare=partial(train, max(1, PREFETCH * num_workers))),
+            theirs=None if missing else Side(run=partial(train, num), prepare=partial(train, warm)),
             missing=missing,
             agree=agree,
             bar=Bar(5.0, full_size=stages.on_gpu and setting.size == "full"),
