@@ -312,24 +312,27 @@ def _pointer(context, address):
 
 
 @cfunc("void(uint64, uint64, int32, uint64, uint64, int32, int32)", cache=True)
-def set_view_shapes(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, num_samples):
-    """DALI's call for a batch; shapes are addresses of (num_ins, num_samples) addresses of (ndim,) int64."""
-    inputs = carray(_pointer(in_shapes), (num_ins, num_samples), np.uint64)
+def set_output_shapes(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, num_samples):
+    """DALI's call for a batch: one byte a sample, since the view goes elsewhere.
+
+    Shapes are addresses of (num_outs, num_samples) addresses of (ndim,) int64.
+    """
     outputs = carray(_pointer(out_shapes), (num_outs, num_samples), np.uint64)
     for sample in range(num_samples):
-        size = carray(_pointer(inputs[2, sample]), 1, np.int64)[0]
-        shape = carray(_pointer(outputs[0, sample]), 3, np.int64)
-        shape[0], shape[1], shape[2] = size, size, 3
+        carray(_pointer(outputs[0, sample]), 1, np.int64)[0] = 1
 
 
 @cfunc("void(uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)", cache=True)
 def view_of_sample(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndims, num_ins):
-    """DALI's call for one sample; data and shapes are addresses of (num_ins,) addresses."""
+    """DALI's call for one sample; data and shapes are addresses of (num_ins,) addresses.
+
+    Inputs: the image, its draws, and (2,) int64, the address of the view (S, S, 3) and S.
+    """
     inputs = carray(_pointer(ins), num_ins, np.uint64)
     shapes = carray(_pointer(in_shapes), num_ins, np.uint64)
     shape = carray(_pointer(shapes[0]), 3, np.int64)
-    size = carray(_pointer(shapes[2]), 1, np.int64)[0]
     image = carray(_pointer(inputs[0]), (shape[0], shape[1], 3), np.uint8)
     draws = carray(_pointer(inputs[1]), _NUM_DRAWS, np.float32)
-    out = carray(_pointer(carray(_pointer(outs), num_outs, np.uint64)[0]), (size, size, 3), np.uint8)
-    make_view(out, image, draws)
+    place = carray(_pointer(inputs[2]), 2, np.int64)
+    make_view(carray(_pointer(place[0]), (place[1], place[1], 3), np.uint8), image, draws)
+    carray(_pointer(carray(_pointer(outs), num_outs, np.uint64)[0]), 1, np.uint8)[0] = 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nvidia.dali import fn, types
+from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from linerate.pipeline import cpu_kernels
@@ -24,15 +24,17 @@ class _CachedNumba(NumbaFunction):
         return run_fn.address
 
 
-def make_view(image: Any, draws: Any, *, size: int) -> Any:
-    """The graph node that makes a view (S, S, 3) of a decoded image and its draws."""
+def make_view(image: Any, draws: Any, place: Any) -> Any:
+    """The graph node that makes a view (S, S, 3) of a decoded image and its draws, at that place.
+
+    place: (2,) int64, see `view_memory.places`. The node's output is one byte: that it is done.
+    """
     operator = _CachedNumba(
         run_fn=cpu_kernels.view_of_sample,
-        setup_fn=cpu_kernels.set_view_shapes,
-        in_types=[types.UINT8, types.FLOAT, types.UINT8],
+        setup_fn=cpu_kernels.set_output_shapes,
+        in_types=[types.UINT8, types.FLOAT, types.INT64],
         ins_ndim=[3, 1, 1],
         out_types=[types.UINT8],
-        outs_ndim=[3],
+        outs_ndim=[1],
     )
-    # The size travels as the length of an input: the compiled functions serve every size.
-    return operator(image, draws, fn.constant(idata=0, shape=[size], dtype=types.UINT8))
+    return operator(image, draws, place)

@@ -8,6 +8,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -25,17 +26,32 @@ from linerate.pipeline.evaluation_views import LabelledImages
 from linerate.pipeline.recipe import CentreCrop, ImageRecipe, ViewRecipe
 from linerate.pipeline.two_views import Origin, TwoViews
 from linerate.pipeline.undecodable import UndecodableImages
+from linerate.pipeline.view_memory import Pixels, ViewMemory, as_tensor, places
 
 Fetch = Callable[[int], EncodedBatch]
 Inputs = tuple[Any, ...]
-"""N JPEGs and, for each view, what the graph wants of its draws."""
+"""N JPEGs and, for each view, what the graph wants of its draws; of kernels also where the views go."""
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A batch on its way through the pipeline, with all that DALI reads or writes in place."""
+
+    batch: EncodedBatch
+    inputs: Inputs
+    views: list[Pixels]
+    """Where the kernels write; of another form none."""
+
+
+_Way = deque[_Fed | UndecodableImages]
+"""What was fed and has not come out; behind the last batch, why there are no more."""
 
 
 class DaliPixels:
     """Views for any number of epochs from one DALI pipeline, which is built at the first.
 
-    A batch is yours for as long as you hold it. On the CPU it is the pipeline's own memory, counted by
-    reference; on a GPU a copy on torch's current stream (two of 38 MB for 256 views: 0.05 ms), since memory
+    A batch is yours for as long as you hold it. On the CPU it is memory that is used again when you have let
+    it go; on a GPU a copy on torch's current stream (two of 38 MB for 256 views: 0.05 ms), since memory
     given back to DALI while torch's kernels still wait would be overwritten under them.
     """
 
@@ -62,6 +78,9 @@ class DaliPixels:
         self._num_threads, self._prefetch = num_threads, max(1, prefetch)
         self._form: Form = form or default_form(self._device)
         self._hw_decoder_load = hw_decoder_load
+        self._memory = ViewMemory(
+            batch=batch, size=recipe.size, num_kept=recipe.num_views * (self._prefetch + 2)
+        )
         self._idle: _Pipeline | None = None
         self._in_use: deque[tuple[Any, torch.cuda.Event]] = deque()
 
@@ -75,7 +94,7 @@ class DaliPixels:
         """
         if not steps:
             return
-        fed: deque[EncodedBatch | UndecodableImages] = deque()
+        fed: _Way = deque()
         pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         # While it runs the pipeline belongs to this generator: another run builds one of its own.
         pipeline, self._idle = self._idle or self._new_pipeline(), None
@@ -83,22 +102,25 @@ class DaliPixels:
         try:
             for _ in steps:
                 try:
-                    views = pipeline.run(**self._stream())
+                    made = pipeline.run(**self._stream())
                 except RuntimeError as error:
                     raise _diagnose(fed, error) from error
                 except StopIteration:  # the feed ended early, and left the reason behind its last batch
                     raise _refusal(fed) from None
-                batch = fed.popleft()
-                assert isinstance(batch, EncodedBatch)
-                yield self.to_device(views), origin_of(batch)
+                one = fed.popleft()
+                assert isinstance(one, _Fed)
+                yield self.to_device(one.views or made), origin_of(one.batch)
             # Only here: after an error, or with batches on their way through it, it is not used again.
             self._idle = pipeline
         finally:
+            if fed:
+                pipeline.drain()
             pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         self._idle = None
         self._in_use.clear()
+        self._memory.clear()
 
     def _new_pipeline(self) -> _Pipeline:
         return _Pipeline(
@@ -118,7 +140,7 @@ class DaliPixels:
         steps: range,
         epoch: int,
         pool: ThreadPoolExecutor,
-        fed: deque[EncodedBatch | UndecodableImages],
+        fed: _Way,
     ) -> Iterator[Inputs]:
         def prepare(step: int) -> tuple[EncodedBatch, Inputs | None]:
             batch = fetch(step)
@@ -135,8 +157,15 @@ class DaliPixels:
                 fed.append(_undecodable(batch, rows, "its header is not the one that was packed"))
                 return
             ahead.extend(pool.submit(prepare, step) for step in islice(to_do, 1))
-            fed.append(batch)
+            views = self._lend_views(len(batch.jpegs))
+            inputs = (*inputs, *map(places, views))
+            fed.append(_Fed(batch, inputs, views))
             yield inputs
+
+    def _lend_views(self, num: int) -> list[Pixels]:
+        if self._form != "kernels":
+            return []
+        return [self._memory.lend(num) for _ in range(self._recipe.num_views)]
 
     def _view_inputs(self, batch: EncodedBatch, *, epoch: int) -> list[npt.NDArray[np.float32]]:
         """(N, columns) for each view: what the graph wants besides the JPEGs."""
@@ -163,8 +192,10 @@ class DaliPixels:
         return {"cuda_stream": torch.cuda.current_stream(self._device)}
 
     def to_device(self, views: Any) -> list[Tensor]:
-        """What the pipeline gave, as (N, 3, S, S) that torch may keep; of a CPU pipeline without a copy."""
+        """What the pipeline gave or wrote, as (N, 3, S, S) that torch may keep; on the CPU without a copy."""
         views = tuple(views)
+        if self._form == "kernels":
+            return [as_tensor(one) for one in views]
         pixels = [torch.from_dlpack(one.as_tensor()).permute(0, 3, 1, 2) for one in views]
         return self._copied(pixels, owners=views) if self._device.type == "cuda" else pixels
 
@@ -224,6 +255,7 @@ class _Pipeline:
         prefetch: int,
     ) -> None:
         feed = self._feed = _Feed()
+        self._prefetch = prefetch
         self._graph = views_graph(
             lambda: next(feed.at_hand),
             num_views=num_views,
@@ -243,6 +275,17 @@ class _Pipeline:
 
     def run(self, **stream: Any) -> Any:
         return self._graph.run(**stream)
+
+    def drain(self) -> None:
+        """Come back when nothing that was fed is read or written any more; it is not for use afterwards."""
+        self._feed.at_hand = iter(())
+        for _ in range(1 + self._prefetch):
+            try:
+                self._graph.run()
+            except StopIteration:
+                return
+            except RuntimeError:  # the batch that the caller has heard of, or one behind it
+                continue
 
 
 class _Feed:
@@ -319,9 +362,12 @@ def views_of_draws(
         num_threads=num_threads,
         prefetch=1,
     )
-    pipeline.start(iter([(jpegs, query, key)]))
-    first, second = (torch.from_dlpack(views.as_cpu().as_tensor()) for views in pipeline.run())
-    return first, second
+    shape = (len(jpegs), size, size, 3)
+    views = [np.empty(shape, dtype=np.uint8) for _ in draws] if form == "kernels" else []
+    pipeline.start(iter([(jpegs, query, key, *map(places, views))]))
+    made = pipeline.run()
+    first, second = views or (views.as_cpu().as_tensor() for views in made)
+    return torch.from_dlpack(first), torch.from_dlpack(second)
 
 
 def rows_with_broken_header(batch: EncodedBatch) -> list[int]:
@@ -362,14 +408,14 @@ def undecodable_rows(jpegs: list[npt.NDArray[np.uint8]]) -> list[int]:
     return bad
 
 
-def _diagnose(fed: deque[EncodedBatch | UndecodableImages], error: RuntimeError) -> Exception:
-    for batch in fed:
-        if isinstance(batch, EncodedBatch) and (bad := undecodable_rows(batch.jpegs)):
-            return _undecodable(batch, bad, _reason(str(error)))
+def _diagnose(fed: _Way, error: RuntimeError) -> Exception:
+    for one in fed:
+        if isinstance(one, _Fed) and (bad := undecodable_rows(one.batch.jpegs)):
+            return _undecodable(one.batch, bad, _reason(str(error)))
     return error
 
 
-def _refusal(fed: deque[EncodedBatch | UndecodableImages]) -> UndecodableImages:
+def _refusal(fed: _Way) -> UndecodableImages:
     refusal = fed.popleft()
     assert isinstance(refusal, UndecodableImages)
     return refusal

@@ -1,7 +1,8 @@
 """What a rank's loader takes of the host's memory at most, and where DALI takes it from.
 
-Measured with DALI 2.4 on CPUs (`linerate bench run views-rss`): of decoded images there are two batches at a
-time, the one at hand and the next; the third stands for what DALI's pool holds between them.
+Measured with DALI 2.4 on CPUs (`linerate bench run views-rss`): of decoded images there is one batch at a
+time, since DALI's CPU operators run one after another; the second stands for the next, which may come before
+the views of the first are made.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PIPELINE_BYTES = 170 * 2**20
 """A pipeline of DALI's that has made its first views of small images: 150 to 170 MiB."""
 WORKER_BYTES = 400 * 2**20
 """A worker process of the torch backend."""
-DECODED_BATCHES = 3
+DECODED_BATCHES = 2
 INDEX_ROW_BYTES, ORDER_ROW_BYTES, CATALOG_ROW_BYTES = 44, 32, 200
 PHOTO_BYTES, PHOTO_PIXELS = 110_000, 456 * 395
 """The mean of ImageNet's, where nothing better is known."""
@@ -104,8 +105,10 @@ def pool_dali_memory() -> None:
     By default decoded images of up to 32 MB come from glibc, which has a heap for every thread: one heap's
     holes do not serve the other threads, and the heaps grow from epoch to epoch. Peaks in MiB, 809 of them
     before the loader, of epochs of 15 batches of 8 images of up to 900 x 1200: 1090 in the first and 1161 in
-    the eighth; from the pool 989 and 995, with half the page faults. A mapping for each image
-    (M_MMAP_THRESHOLD) is as flat, but a training step on the CPU takes 18 % more CPU time with it.
+    the eighth; from the pool 989 and 995, with half the page faults. What outlives a batch must not come from
+    the pool (see `dali_graph.views_graph` and `view_memory`), or the next finds holes in it too: without, 958
+    and 958. A mapping for each image (M_MMAP_THRESHOLD) is as flat, but a training step on the CPU takes 18 %
+    more CPU time with it.
     A user's own setting stays.
     """
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")

@@ -25,7 +25,7 @@ def predict(sample: SampleSize = PHOTO, **options):
 
 def test_the_parts_are_what_the_formulas_say_and_sum_to_the_total():
     parts = predict()
-    assert parts["decoded images"] == 3 * 32 * 3 * PHOTO.pixels
+    assert parts["decoded images"] == 2 * 32 * 3 * PHOTO.pixels
     assert parts["decoders"] == 4 * 2 * 3 * PHOTO.pixels
     assert parts["JPEG bytes"] == 6 * 32 * PHOTO.num_bytes
     assert parts["views"] == 2 * 4 * 32 * 3 * 224 * 224
