@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia import nvimgcodec
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from linerate.pipeline.dali_damage import diagnose, rows_with_broken_header, undecodable
 from linerate.pipeline.dali_graph import Form, decode_graph, graph_inputs, views_graph
 from linerate.pipeline.draws import Draws, draw_views
 from linerate.pipeline.encoded import EncodedBatch
@@ -104,9 +103,12 @@ class DaliPixels:
                 try:
                     made = pipeline.run(**self._stream())
                 except RuntimeError as error:
-                    raise _diagnose(fed, error) from error
+                    batches = [one.batch for one in fed if isinstance(one, _Fed)]
+                    raise diagnose(batches, error) from error
                 except StopIteration:  # the feed ended early, and left the reason behind its last batch
-                    raise _refusal(fed) from None
+                    refusal = fed.popleft()
+                    assert isinstance(refusal, UndecodableImages)
+                    raise refusal from None
                 one = fed.popleft()
                 assert isinstance(one, _Fed)
                 yield self.to_device(one.views or made), origin_of(one.batch)
@@ -154,7 +156,7 @@ class DaliPixels:
             batch, inputs = ahead.popleft().result()
             if inputs is None:
                 rows = rows_with_broken_header(batch)
-                fed.append(_undecodable(batch, rows, "its header is not the one that was packed"))
+                fed.append(undecodable(batch, rows, "its header is not the one that was packed"))
                 return
             ahead.extend(pool.submit(prepare, step) for step in islice(to_do, 1))
             views = self._lend_views(len(batch.jpegs))
@@ -368,64 +370,3 @@ def views_of_draws(
     made = pipeline.run()
     first, second = views or (views.as_cpu().as_tensor() for views in made)
     return torch.from_dlpack(first), torch.from_dlpack(second)
-
-
-def rows_with_broken_header(batch: EncodedBatch) -> list[int]:
-    """Which rows DALI must not be given: it does not parse their header, or not to the size in the index.
-
-    DALI parses the headers of 32 images and more in several tasks, and ends the process by SIGSEGV when one
-    of them fails (DALI 2.4). Its own parser asked beforehand takes 4 us an image.
-    """
-    bad = []
-    for row, jpeg in enumerate(batch.jpegs):
-        try:
-            image = nvimgcodec.CodeStream(jpeg)
-            if (image.height, image.width) == (batch.height[row], batch.width[row]):
-                continue
-        except (RuntimeError, ValueError):
-            pass
-        bad.append(row)
-    return bad
-
-
-def undecodable_rows(jpegs: list[npt.NDArray[np.uint8]]) -> list[int]:
-    """Which of the JPEGs DALI's CPU decoder makes no image of."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-    def decode(first: int) -> Any:
-        rest = iter(jpegs[first:])
-        data = fn.external_source(source=lambda: [next(rest)], batch=True, dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(data, device="cpu", output_type=types.RGB, adjust_orientation=False)
-
-    bad = []
-    one_by_one = decode(0)
-    for row in range(len(jpegs)):
-        try:
-            one_by_one.run()
-        except RuntimeError:
-            bad.append(row)
-            one_by_one = decode(row + 1)
-    return bad
-
-
-def _diagnose(fed: _Way, error: RuntimeError) -> Exception:
-    for one in fed:
-        if isinstance(one, _Fed) and (bad := undecodable_rows(one.batch.jpegs)):
-            return _undecodable(one.batch, bad, _reason(str(error)))
-    return error
-
-
-def _refusal(fed: _Way) -> UndecodableImages:
-    refusal = fed.popleft()
-    assert isinstance(refusal, UndecodableImages)
-    return refusal
-
-
-def _undecodable(batch: EncodedBatch, rows: list[int], reason: str) -> UndecodableImages:
-    return UndecodableImages(batch.sample_id[rows].tolist(), batch.position[rows].tolist(), reason)
-
-
-def _reason(message: str) -> str:
-    """DALI's own words on what went wrong, without the traceback of the graph that it prints around them."""
-    text = message.partition("encountered:")[2] or message
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from linerate.pipeline.dali_views import DaliViews, undecodable_rows, views_of_draws
+from linerate.pipeline.dali_damage import undecodable_rows
+from linerate.pipeline.dali_views import DaliViews, views_of_draws
 from linerate.pipeline.draws import draw_views
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.parity import only
