@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 
 from linerate.bench.fleet import Machine, machines_of, settled_work
-from linerate.bench.record import Record, is_noisy, more_is_better, number, plain
+from linerate.bench.record import Record, is_noisy, more_is_better
+from linerate.bench.record_table import number, plain
 from linerate.bench.report_parts import number_x
 
 Of = Literal["both", "rate", "ratio", "share"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from linerate.bench.findings import ScalePoint, Scaling, Stack, reach, status
 from linerate.bench.line_chart import Line, Point, line_chart
-from linerate.bench.record import Record, is_noisy, number
+from linerate.bench.record import Record, is_noisy
+from linerate.bench.record_table import number
 from linerate.shards.html_page import escaped
 
 MARKS = {

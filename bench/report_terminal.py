@@ -12,7 +12,8 @@ from rich.table import Table
 from linerate.bench.cost import Cost, paper_runs, usd
 from linerate.bench.findings import Findings, Scaling, Stack, is_elsewhere, status
 from linerate.bench.machine_facts import machine_facts
-from linerate.bench.record import compact_json, is_noisy, number, plain, results_table
+from linerate.bench.record import compact_json, is_noisy
+from linerate.bench.record_table import number, plain, results_table
 from linerate.bench.report_page import counted
 from linerate.bench.report_parts import milliseconds
 

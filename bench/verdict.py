@@ -9,17 +9,8 @@ import numpy as np
 from rich.console import Group, RenderableType
 
 from linerate.bench.fleet import same_hardware
-from linerate.bench.record import (
-    Record,
-    is_noisy,
-    latest,
-    more_is_better,
-    name_cell,
-    number,
-    plain,
-    two_line_table,
-    works_table,
-)
+from linerate.bench.record import Record, is_noisy, latest, more_is_better
+from linerate.bench.record_table import name_cell, number, plain, two_line_table, works_table
 from linerate.bench.timing import Interval, unpaired_ratio
 
 Of = Literal["rate", "ratio"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from linerate.bench.record import Record, append_jsonl, latest, load_jsonl, number, results_table
+from linerate.bench.record import Record, append_jsonl, latest, load_jsonl
+from linerate.bench.record_table import number, results_table
 from linerate.shards.errors import UserError
 
 RECORD = Record(
