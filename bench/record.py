@@ -55,8 +55,9 @@ class Record:
     ceiling: str | None = None
     """what could not be beaten on this machine; `none: ...` says why there is no such thing"""
     ceiling_rate: float | None = None
+    """of its fastest round"""
     ceiling_share: float | None = None
-    """our share of the ceiling"""
+    """`ours` over `ceiling_rate`; see `Ceiling` in contest.py for what a share over 1 says"""
     missing: str | None = None
     """the peer that is not installed, and how to bring it"""
     refused: str | None = None
