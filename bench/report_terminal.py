@@ -56,7 +56,7 @@ def report_tables(findings: Findings) -> Iterator[RenderableType]:
 
 def _scaling_table(scaling: Scaling) -> Table:
     table = _table()
-    for header in ("ranks", "pairs/s", "ideal", "efficiency"):
+    for header in ("ranks", "pairs/s", "ideal", "efficiency\n[dim]median of rounds[/]"):
         table.add_column(header, justify="right")
     table.add_column("")
     for point in scaling.points:
