@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from rich import box
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from linerate.bench.record import Record, is_noisy, is_projection
 from linerate.shards.terminal import visible
+
+# Name and work.
+Named = tuple[str, str]
 
 
 class Worked(Protocol):
@@ -25,18 +28,19 @@ class Worked(Protocol):
 
 def results_table(records: Sequence[Record]) -> RenderableType:
     """The records as people read them, within 80 columns; what each line's work was stands below."""
+    names = numbered(records)
     table = two_line_table(
-        ("name", "against"), ("ours", "unit"), ("theirs", ""), ("ratio", "95 %"), ("bar", "")
+        ("name", "what, against"), ("ours", "unit"), ("theirs", ""), ("ratio", "95 %"), ("bar", "")
     )
     for record in records:
         table.add_row(
-            name_cell(record.name, record.peer or _what(record)),
+            name_cell(names[record.name, record.work], _what(record), record.peer),
             f"{number(record.ours)}\n[dim]{plain(record.unit)}[/]",
             number(record.theirs),
             _ratio_cell(record),
             _bar_cell(record),
         )
-    return Group(table, works_table(records), _footer(records))
+    return Group(table, works_table(records), _footer(records, names))
 
 
 def two_line_table(*headers: tuple[str, str]) -> Table:
@@ -53,17 +57,36 @@ def two_line_table(*headers: tuple[str, str]) -> Table:
     return table
 
 
+def numbered(records: Iterable[Worked]) -> dict[Named, str]:
+    """(name, work) -> the name, and the work's number where the records do several of that name."""
+    works: dict[str, dict[str, int]] = {}
+    for record in records:
+        of_name = works.setdefault(record.name, {})
+        of_name.setdefault(record.work, len(of_name) + 1)
+    return {
+        (name, work): f"{name} #{place}" if len(of_name) > 1 else name
+        for name, of_name in works.items()
+        for work, place in of_name.items()
+    }
+
+
+def what_of(work: str) -> str | None:
+    """What a work says of itself before its sizes: `--backend dali`, `loader alone`."""
+    what, colon, _ = work.partition(":")
+    return what if colon else None
+
+
 def _what(record: Record) -> str | None:
-    """What tells a record apart from others of its name that have no peer either."""
-    what, colon, _ = record.work.partition(":")
-    if not colon:
+    what = what_of(record.work)
+    if what is None:
         return None
     return what if record.ranks is None else f"{what}, {record.ranks} rank{'s' if record.ranks > 1 else ''}"
 
 
-def name_cell(name: str, peer: str | None) -> str:
-    """The benchmark, and below it whom it is held against, or what was measured alone."""
-    return f"[bold]{plain(name)}[/]\n[dim]{plain(peer or '-')}[/]"
+def name_cell(name: str, what: str | None, peer: str | None) -> str:
+    """The benchmark, and below it what was measured and whom it is held against, where it says so."""
+    below = "\n".join(plain(text) for text in (what, peer) if text)
+    return f"[bold]{plain(name)}[/]\n[dim]{below or '-'}[/]"
 
 
 def plain(text: str) -> str:
@@ -73,7 +96,9 @@ def plain(text: str) -> str:
 
 def works_table(records: Iterable[Worked]) -> Table:
     """What each benchmark did, each work once, and below it what its records note."""
-    works: dict[tuple[str, str], dict[str, None]] = {}
+    records = list(records)
+    names = numbered(records)
+    works: dict[Named, dict[str, None]] = {}
     for record in records:
         notes = works.setdefault((record.name, record.work), {})
         if note := getattr(record, "note", None):
@@ -81,9 +106,9 @@ def works_table(records: Iterable[Worked]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for (name, work), notes in works.items():
-        told = "\n".join([f"[dim]{plain(work)}[/]", *map(plain, notes)])
-        table.add_row(f"[bold]{plain(name)}[/]", told)
+    for named, notes in works.items():
+        told = "\n".join([f"[dim]{plain(named[1])}[/]", *map(plain, notes)])
+        table.add_row(f"[bold]{plain(names[named])}[/]", told)
     return table
 
 
@@ -120,16 +145,18 @@ def _bar_cell(record: Record) -> str:
     return f"{plain(record.bar_reads.removeprefix('ratio '))}\n{verdict}"
 
 
-def _footer(records: Sequence[Record]) -> str:
+def _footer(records: Sequence[Record], names: Mapping[Named, str]) -> str:
+    title = {id(record): plain(names[record.name, record.work]) for record in records}
     lines = [
-        f"{plain(record.name)}: {100 * record.ceiling_share:.0f} % of its ceiling here, "
+        f"{title[id(record)]}: {100 * record.ceiling_share:.0f} % of its ceiling here, "
         f"{plain(record.ceiling or '-')} ({number(record.ceiling_rate)} {plain(record.unit)})"
         for record in records
         if record.ceiling_share is not None
     ]
     for record in records:
-        lines += [f"[red]{plain(record.name)}: refused: {plain(record.refused)}[/]"] if record.refused else []
-        lines += [f"[yellow]{plain(record.name)}: {plain(record.missing)}[/]"] if record.missing else []
+        name = title[id(record)]
+        lines += [f"[red]{name}: refused: {plain(record.refused)}[/]"] if record.refused else []
+        lines += [f"[yellow]{name}: {plain(record.missing)}[/]"] if record.missing else []
     if any(is_noisy(record) for record in records):
         lines.append("[yellow]~[/] the machine was busy with something else: trust these ratios less")
     if any(record.bar_reads and record.met is None and record.ours is not None for record in records):

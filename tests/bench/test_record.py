@@ -1,13 +1,10 @@
 import dataclasses
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from linerate.bench.record import Record, append_jsonl, latest, load_jsonl
-from linerate.bench.record_table import number, results_table
 from linerate.shards.errors import UserError
 
 RECORD = Record(
@@ -71,30 +68,3 @@ def test_a_field_of_a_newer_version_is_dropped(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({**RECORD.to_json(), "invented_later": 1}) + "\n")
     assert load_jsonl(path) == [RECORD]
-
-
-def test_the_table_names_a_missing_peer_and_a_refusal():
-    missing = dataclasses.replace(RECORD, ratio=None, theirs=None, missing="webdataset is not installed")
-    refused = dataclasses.replace(RECORD, ours=None, ratio=None, refused="the keys differ")
-    printed = io.StringIO()
-    Console(width=200, file=printed).print(results_table([RECORD, missing, refused]))
-    text = printed.getvalue()
-    assert "4.00x" in text
-    assert "3.50 to 4.50" in text
-    assert "webdataset is not installed" in text
-    assert "the keys differ" in text
-
-
-def test_what_a_record_notes_stands_below_its_work_once():
-    noted = dataclasses.replace(RECORD, note="25 % of the time [of all]")
-    printed = io.StringIO()
-    Console(width=200, file=printed).print(results_table([noted, noted, RECORD]))
-    lines = [line.strip() for line in printed.getvalue().splitlines()]
-    at = next(place for place, line in enumerate(lines) if line.endswith("161 tensors"))
-    assert lines[at + 1] == "25 % of the time [of all]"
-    assert printed.getvalue().count("25 %") == 1
-
-
-def test_numbers_are_short():
-    shown = [number(x) for x in (None, 0.0, 968, 12345.6, 0.98765, 43.21)]
-    assert shown == ["-", "0", "968", "12,346", "0.988", "43.2"]
