@@ -179,6 +179,19 @@ def is_noisy(record: Record) -> bool:
     return isinstance(noise, Mapping) and bool(noise.get("noisy"))
 
 
+def lacking(record: Record) -> str | None:
+    """What a measurement went without, in two words: `no peer`, or what ours itself needs, as `no GPU`."""
+    if not record.missing:
+        return None
+    if record.ours is not None:
+        return "no peer"
+    if "CUDA device" in record.missing:
+        return "no GPU"
+    # As missing_peer and missing_backend tell it: `nvidia.dali is not installed; bring it with ...`.
+    module, told, _ = record.missing.partition(" is not installed")
+    return f"no {module.split()[-1].rpartition('.')[2]}" if told else "not run"
+
+
 def more_is_better(record: Record) -> bool:
     """Rates and accuracies; other counts are costs, such as bytes or launches."""
     return record.kind == "time" or "top-1" in record.unit

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from linerate.bench.record import Record, is_noisy, is_projection
+from linerate.bench.record import Record, is_noisy, is_projection, lacking
 from linerate.shards.terminal import visible
 
 # Name and work.
@@ -124,8 +124,8 @@ def number(value: float | None) -> str:
 def _ratio_cell(record: Record) -> str:
     if record.refused:
         return "[red]refused[/]"
-    if record.missing:
-        return "[yellow]no peer[/]"
+    if without := lacking(record):
+        return f"[yellow]{plain(without)}[/]"
     if record.ratio is None:
         return "-"
     if record.kind == "count":

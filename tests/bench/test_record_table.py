@@ -2,11 +2,14 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
+import pytest
 from rich.console import Console
 from tests.bench.made_records import made, versus
 
-from linerate.bench.record import Record
+from linerate.bench.peers import missing_peer
+from linerate.bench.record import Record, lacking
 from linerate.bench.record_table import number, results_table
+from linerate.bench.suites.ceilings import NO_GPU
 
 
 def shown(records: Sequence[Record], *, width: int = 200) -> str:
@@ -50,6 +53,22 @@ def test_the_table_names_a_missing_peer_and_a_refusal():
     assert "no peer" in text
     assert "webdataset is not installed" in text
     assert "refused: the keys differ" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "missing", "told"),
+    [
+        (400.0, "webdataset is not installed; bring it with: pip install webdataset", "no peer"),
+        (None, f"pinned host to GPU: {NO_GPU}", "no GPU"),
+        (None, missing_peer("absent") or "", "no absent"),
+        (None, "JPEG decode by DALI: nvidia.dali is not installed; bring it with: make", "no dali"),
+        (None, "its shards are gone", "not run"),
+    ],
+)
+def test_a_row_without_a_ratio_says_what_it_lacks(ours: float | None, missing: str, told: str):
+    record = made(ours, peer="x", missing=missing)
+    assert lacking(record) == told
+    assert f" {told} " in shown([record])
 
 
 def test_what_a_record_notes_stands_below_its_work_once():
