@@ -159,6 +159,10 @@ def _footer(records: Sequence[Record], names: Mapping[Named, str]) -> str:
         lines += [f"[yellow]{name}: {plain(record.missing)}[/]"] if record.missing else []
     if any(is_noisy(record) for record in records):
         lines.append("[yellow]~[/] the machine was busy with something else: trust these ratios less")
-    if any(record.bar_reads and record.met is None and record.ours is not None for record in records):
-        lines.append("other size: the bar is for larger work; `--suite cpu` measures that")
+    unjudged = [r for r in records if r.bar_reads and r.met is None and r.ours is not None]
+    # Of a GPU's suite at its tiny size the larger work is that suite's, whatever it was tried on.
+    suites = sorted({"gpu" if record.suite == "gpu" else "cpu" for record in unjudged})
+    if suites:
+        larger = " and ".join(f"`--suite {suite}`" for suite in suites)
+        lines.append(f"other size: the bar is for the work of {larger}, or for what its note names")
     return "\n".join(lines)

@@ -71,6 +71,16 @@ def test_a_row_without_a_ratio_says_what_it_lacks(ours: float | None, missing: s
     assert f" {told} " in shown([record])
 
 
+def test_other_size_names_the_suite_whose_work_the_bar_is_for():
+    small, on_gpu = (
+        versus(400.0, 4.0, bar=3.0, met=None, suite=suite, name=suite) for suite in ("quick", "gpu")
+    )
+    assert "the work of `--suite cpu`," in words([small])
+    assert "the work of `--suite gpu`," in words([on_gpu])
+    assert "the work of `--suite cpu` and `--suite gpu`," in words([small, on_gpu])
+    assert "--suite" not in words([versus(400.0, 4.0, bar=3.0)])
+
+
 def test_what_a_record_notes_stands_below_its_work_once():
     noted = versus(400.0, 4.0, work="161 tensors", note="25 % of the time [of all]")
     text = shown([noted, noted, dataclasses.replace(noted, note=None)])
