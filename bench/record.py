@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from linerate.shards.errors import UserError
 
 # Kinds of measurement: rates of two sides over time, rates of ours alone, exact numbers.
 Kind = Literal["time", "count"]
+# What `views` once called its peer, our side in front, and what it calls it now.
+_FORMER_PEERS = {r"\w+, against (torch)": r"\1", r"(\w+)'s \w+, against all of it": r"all of \1's time"}
 # Name, peer, work, unit and ranks.
 Key = tuple[str, str, str, str, int]
 
@@ -140,14 +143,25 @@ def load_jsonl(path: Path) -> list[Record]:
 
 
 def from_json(fields: Mapping[str, Any]) -> Record:
-    """The inverse of `to_json`; fields that a newer version added are dropped.
+    """The inverse of `to_json`; fields that a newer version added are dropped, what an older one named
+    otherwise is named as now.
 
     Raises TypeError or AttributeError for what is no record.
     """
     known = {field.name for field in dataclasses.fields(Record)}
     record = Record(**{key: value for key, value in fields.items() if key in known})
     _require_types(record)
-    return dataclasses.replace(record, ours_s=tuple(record.ours_s), theirs_s=tuple(record.theirs_s))
+    return dataclasses.replace(
+        record,
+        peer=_peer_now(record.peer) if record.name == "views" else record.peer,
+        ours_s=tuple(record.ours_s),
+        theirs_s=tuple(record.theirs_s),
+    )
+
+
+def _peer_now(peer: str | None) -> str | None:
+    found = ((re.fullmatch(pattern, peer or ""), now) for pattern, now in _FORMER_PEERS.items())
+    return next((match.expand(now) for match, now in found if match), peer)
 
 
 def _require_types(record: Record) -> None:

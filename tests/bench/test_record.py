@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from linerate.bench.record import Record, append_jsonl, latest, load_jsonl
+from linerate.bench.record import Record, append_jsonl, from_json, latest, load_jsonl
 from linerate.shards.errors import UserError
 
 RECORD = Record(
@@ -57,6 +57,21 @@ def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path):
     path.write_bytes(b"PAR1\x00\xff\xfe")
     with pytest.raises(UserError, match="is no text"):
         load_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("dali, against torch", "torch"),
+        ("dali's decode, against all of it", "all of dali's time"),
+        ("Pillow + torchvision v2", "Pillow + torchvision v2"),
+        (None, None),
+    ],
+)
+def test_lines_of_views_that_named_our_side_in_the_peer_have_the_key_of_now(written: str | None, read: str):
+    line = {**RECORD.to_json(), "name": "views", "peer": written}
+    assert from_json(line).peer == read
+    assert from_json({**line, "name": "pack"}).peer == written
 
 
 def test_a_missing_file_is_the_users_error(tmp_path: Path):
