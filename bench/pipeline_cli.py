@@ -16,7 +16,7 @@ from linerate.bench.timing import MIN_ROUNDS
 from linerate.pipeline.cache import open_shards
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, make_parent, stderr
-from linerate.train.cli import RecipeCommand, parse_recipe
+from linerate.train.cli import RecipeCommand, parse_recipe, say_what_was_tuned_for
 from linerate.train.plan import require_one_batch
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     if command.shards is None:
         raise UserError(f"--shards is missing: {PROG} {argv[0]} --shards FOLDER")
     _check(command, config)
+    say_what_was_tuned_for(command.tuned, config)
 
     from linerate.bench.record import append_jsonl
     from linerate.bench.suites.pipeline_stages import measure_stages

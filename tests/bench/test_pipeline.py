@@ -360,11 +360,15 @@ def test_several_ranks_are_refused(catalog: Catalog, monkeypatch: pytest.MonkeyP
         main(["pipeline", "demo", "--shards", str(catalog.root), *FLAGS])
 
 
-def test_a_file_of_tune_stands_for_its_flags(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_of_tune_stands_for_its_flags_and_says_that_it_was_made_elsewhere(
+    catalog: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     tuned = tmp_path / "tuned.json"
-    tuned.write_text(json.dumps({"profile_version": 1, "speed": {"prefetch": 5}, "made_for": {}}))
+    other = {"device": "another GPU", "global_batch": 4}
+    tuned.write_text(json.dumps({"profile_version": 1, "speed": {"prefetch": 5}, "made_for": other}))
     taken: list[int] = []
 
     def take(config: TrainConfig, *_: Any, **__: Any) -> Any:
@@ -372,10 +376,14 @@ def test_a_file_of_tune_stands_for_its_flags(
         raise UserError("enough")
 
     monkeypatch.setattr(pipeline_stages, "measure_stages", take)
+    said = []
     for words in ([], ["--tuned", str(tuned)]):
         with pytest.raises(UserError, match="enough"):
             main(["pipeline", "demo", "--shards", str(catalog.root), *FLAGS, *words])
+        said.append(" ".join(capsys.readouterr().err.split()))
     assert taken == [2, 5]
+    assert "tuned for" not in said[0]
+    assert "tuned for device another GPU (here " in said[1]
 
 
 def test_the_help_of_bench_names_the_command(capsys: pytest.CaptureFixture[str]):
