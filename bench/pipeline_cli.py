@@ -110,7 +110,7 @@ def _check(command: PipelineCommand, config: TrainConfig) -> None:
 def as_json(found: Measured) -> dict[str, Any]:
     """What was found as plain JSON types; seconds are those of one batch."""
     model, times = found.model, found.model.times
-    free = model.rates_if_free()
+    free, shares = model.rates_if_free(), model.shares()
     return {
         "verdict": found.verdict,
         "bound_by": found.bottleneck.kind,
@@ -125,6 +125,7 @@ def as_json(found: Measured) -> dict[str, Any]:
                 "stage": stage,
                 "seconds": seconds,
                 "pairs_per_s_alone": times.batch / seconds if seconds > 0 else None,
+                "share_of_its_side": shares[stage],
                 "pairs_per_s_if_free": free[stage],
             }
             for stage, seconds in model.stages().items()
@@ -178,16 +179,14 @@ def _stages_table(found: Measured) -> Table:
     table.add_column("stage")
     for header in ("ms a batch", "pairs/s alone", "of its side", "pairs/s if free"):
         table.add_column(header, justify="right")
-    free, loader = model.rates_if_free(), model.times.loader_stages
-    step_s = model.step_s
+    free, shares, loader = model.rates_if_free(), model.shares(), model.times.loader_stages
     for stage, seconds in model.stages().items():
-        side_s = model.times.loader_s if stage in loader else step_s
         alone = show(model.times.batch / seconds) if seconds > 0 else "-"
         table.add_row(
             stage,
             show(1e3 * seconds),
             alone,
-            f"{100 * seconds / side_s:.0f} %",
+            f"{100 * shares[stage]:.0f} %",
             show(free[stage]),
             style="bold" if stage == bottleneck.stage else None,
             end_section=stage == [*loader][-1],
