@@ -120,6 +120,10 @@ def load_jsonl(path: Path) -> list[Record]:
 
     Raises UserError for a file that is missing or is not one of ours.
     """
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        found = f"its last by name is {files[-1]}" if files else "it holds no file NAME.jsonl"
+        raise UserError(f"{path} is a folder, and results are a file of JSON lines; {found}")
     if not path.is_file():
         raise UserError(f"there is no results file {path}; `linerate bench run --out {path}` writes one")
     try:

@@ -59,6 +59,15 @@ def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path):
         load_jsonl(path)
 
 
+def test_a_folder_is_the_users_error_and_names_its_last_file(tmp_path: Path):
+    with pytest.raises(UserError, match=r"is a folder, .* it holds no file NAME\.jsonl"):
+        load_jsonl(tmp_path)
+    for name in ("2026-11-30.jsonl", "2026-11-25.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"is a folder, .* its last by name is .*/2026-11-30\.jsonl"):
+        load_jsonl(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
