@@ -19,12 +19,14 @@ from PIL import Image
 
 from linerate.bench.bottleneck import Bottleneck
 from linerate.bench.cli import main
+from linerate.bench.loader_parts import LoaderParts
 from linerate.bench.record import load_jsonl
 from linerate.bench.suites import pipeline, pipeline_stages
 from linerate.bench.suites.pipeline_stages import measure_stages
 from linerate.bench.timing import Seconds, Side
 from linerate.pipeline import dali_views, torch_views
 from linerate.pipeline.cache import open_shards
+from linerate.pipeline.loader import open_views
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -358,6 +360,34 @@ def test_several_ranks_are_refused(catalog: Catalog, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="measures one rank"):
         main(["pipeline", "demo", "--shards", str(catalog.root), *FLAGS])
+
+
+def test_the_loaders_parts_are_those_of_a_ranks_batch(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def decoded(batches: Any, *, batch: int, **_: Any) -> Iterator[Any]:
+        asked.append(batch)
+        return iter(batches)
+
+    monkeypatch.setattr(dali_views, "decoded", decoded)
+    made = config(backend="dali")
+    loader = open_views(
+        catalog,
+        recipe=made.views.recipe(),
+        seed=0,
+        global_batch=BATCH,
+        rank=0,
+        world_size=2,
+        num_lanes=2,
+        num_threads=1,
+    )
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(LoaderParts(made, loader, device="cpu", start_step=0)),
+    ):
+        assert asked == [BATCH // 2]
 
 
 def test_a_file_of_tune_stands_for_its_flags_and_says_that_it_was_made_elsewhere(
