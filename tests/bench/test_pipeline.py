@@ -170,6 +170,19 @@ def test_the_stage_that_sleeps_is_named(
 
 
 @pytest.mark.usefixtures("one_round")
+def test_reading_that_really_takes_longer_than_the_step_beside_it_bounds_the_run(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+):
+    """By the true clock: without its sleeps a batch takes a twentieth of a second on a busy machine."""
+    slow_down(monkeypatch, "read", lambda: time.sleep(0.3))
+    slow_down(monkeypatch, "loss", lambda: time.sleep(0.15))
+    found = measure_stages(config(backend="dali"), catalog, budget_s=0.0)
+    # If they took turns, as torch's loader without workers does, the kind would be `shared`.
+    assert found.bottleneck == Bottleneck("loader", "read")
+    assert found.verdict.startswith("read-bound: ")
+
+
+@pytest.mark.usefixtures("one_round")
 @pytest.mark.parametrize("stage", ["decode", "backward"])
 def test_what_the_model_says_of_a_free_stage_is_measured_where_it_is_free(
     stage: str, catalog: Catalog, sleep: Callable[[], None], monkeypatch: pytest.MonkeyPatch
