@@ -107,6 +107,19 @@ class BatchModel:
         times = self.times
         return {**times.loader_stages, **times.step_stages, "logging": times.logging_s}
 
+    def shares(self) -> dict[str, float]:
+        """Stage -> its share of its side's stages added up, so that each side's make 1.
+
+        Not of the side's time: reading runs beside decoding, and the stages were timed apart from the side.
+        """
+        loader, stages = self.times.loader_stages, self.stages()
+        loader_s = sum(loader.values())
+        step_s = sum(stages.values()) - loader_s
+        return {
+            stage: seconds / max(loader_s if stage in loader else step_s, 1e-12)
+            for stage, seconds in stages.items()
+        }
+
     def rates_if_free(self) -> dict[str, float]:
         """Stage -> pairs/s of the run if it took no time."""
         return {stage: self.rate({stage: 0.0}) for stage in self.stages()}

@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
 def main_run(argv: list[str]) -> int:
     """Run benchmarks; records go to --out as they are measured, so an interrupted run keeps its lines."""
     config = parse_args(RunConfig, argv, prog="linerate bench run")
-    from linerate.bench.record import append_jsonl, compact_json, results_table
+    from linerate.bench.record import append_jsonl, compact_json
+    from linerate.bench.record_table import results_table
     from linerate.bench.registry import SUITES, select
 
     suite = SUITES[config.suite]

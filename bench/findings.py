@@ -28,9 +28,10 @@ class ScalePoint:
     """10th and 90th percentile of the rate over rounds; None for a projection"""
     projected: bool
     ideal: float
-    """the rate of the fewest ranks measured, times how many times as many these are"""
+    """n times one rank's rate"""
     efficiency: float
-    """rate over ideal"""
+    """`Record.ratio` of `scale`, a median over rounds, so that noise parts it from rate over ideal; 1 of one
+    rank"""
     record: Record
 
 
@@ -163,7 +164,8 @@ def scalings_of(machine: Machine) -> list[Scaling]:
     """The curves of `scale`: works that differ by their ranks alone are one."""
     series: dict[str, list[Record]] = {}
     for record in machine.newest:
-        if record.name == "scale" and record.ranks and record.unit.endswith("pairs/s") and record.ours:
+        of_rate = record.name == "scale" and record.unit.endswith("pairs/s") and record.ours
+        if of_rate and record.ranks and (record.ranks == 1 or record.ratio):
             series.setdefault(_title(record), []).append(record)
     return [
         Scaling(machine=machine.name, title=title, points=_points(records))
@@ -190,14 +192,11 @@ def _settled(parts: Sequence[str]) -> list[str]:
 
 def _points(records: Sequence[Record]) -> tuple[ScalePoint, ...]:
     ordered = sorted(records, key=lambda record: (record.ranks or 0, is_projection(record)))
-    base = next((record for record in ordered if not is_projection(record)), ordered[0])
-    assert base.ours
-    assert base.ranks
     points = []
     for record in ordered:
         assert record.ours is not None
         assert record.ranks is not None
-        ideal = base.ours * record.ranks / base.ranks
+        efficiency = record.ratio or 1.0
         points.append(
             ScalePoint(
                 ranks=record.ranks,
@@ -205,8 +204,9 @@ def _points(records: Sequence[Record]) -> tuple[ScalePoint, ...]:
                 low=record.ours_p10,
                 high=record.ours_p90,
                 projected=is_projection(record),
-                ideal=ideal,
-                efficiency=record.ours / ideal,
+                # A projection has no other side that was timed.
+                ideal=record.theirs or record.ours / efficiency,
+                efficiency=efficiency,
                 record=record,
             )
         )

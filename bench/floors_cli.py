@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from linerate.bench.record import number
+from linerate.bench.record_table import number
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json
 from linerate.train.cli import RecipeCommand, parse_recipe

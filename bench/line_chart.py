@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linerate.bench.record import number
+from linerate.bench.record_table import number
 from linerate.shards.html_page import escaped
 
 WIDTH, HEIGHT = 340, 200

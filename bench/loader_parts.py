@@ -48,7 +48,7 @@ class LoaderParts:
         self.num_workers = threads if backend == "torch" and threads > 1 else 1
         """Processes that do all of it side by side."""
         self._backend, self._device, self.num_threads = backend, device, threads
-        self._config = config
+        self._batch, self._prefetch = loader.rank_batch, speed.prefetch
         self._fetch = loader.own_fetch().for_epoch(0)
         num_steps = loader.steps_per_epoch
         self._steps = itertools.islice(itertools.cycle(range(num_steps)), start_step, None)
@@ -58,10 +58,10 @@ class LoaderParts:
             backend,
             recipe=config.views.recipe(),
             seed=config.seed,
-            batch=loader.rank_batch,
+            batch=self._batch,
             device=device,
             num_threads=1 if backend == "torch" else threads,
-            prefetch=speed.prefetch,
+            prefetch=self._prefetch,
             hw_decoder_load=speed.hw_decoder_load,
         )
         spans.wrap(self._makes, "to_device", "to-device")
@@ -112,9 +112,9 @@ class LoaderParts:
 
         return decoded(
             (batch.jpegs for batch in batches),
-            batch=self._config.optim.global_batch,
+            batch=self._batch,
             device=self._device,
             num_threads=num_threads or self.num_threads,
-            prefetch=self._config.speed.prefetch,
+            prefetch=self._prefetch,
             hw_decoder_load=hw_decoder_load,
         )

@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 
 from linerate.bench.fleet import Machine, machines_of, settled_work
-from linerate.bench.record import Record, is_noisy, more_is_better, number, plain
+from linerate.bench.record import Record, is_noisy, lacking, more_is_better
+from linerate.bench.record_table import number, plain
 from linerate.bench.report_parts import number_x
 
 Of = Literal["both", "rate", "ratio", "share"]
@@ -71,11 +72,11 @@ def cell_text(record: Record | None, of: Of) -> str:
     ratio = None if record.ratio is None else number_x(record.ratio)
     if of == "share":
         return "-" if record.ceiling_share is None else f"{noisy}{100 * record.ceiling_share:.0f} %"
-    no_peer = "no peer" if record.missing else ""
+    without = lacking(record)
     if of == "ratio":
-        return (no_peer or "-") if ratio is None else f"{noisy}{ratio}"
+        return (without or "-") if ratio is None else f"{noisy}{ratio}"
     rate = "-" if record.ours is None else f"{noisy}{number(record.ours)}"
-    return rate if of == "rate" else "\n".join(filter(None, (rate, ratio or no_peer)))
+    return rate if of == "rate" else "\n".join(filter(None, (rate, ratio or without)))
 
 
 def shown_rows(matrix: Matrix, of: Of) -> list[Row]:

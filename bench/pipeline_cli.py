@@ -16,7 +16,7 @@ from linerate.bench.timing import MIN_ROUNDS
 from linerate.pipeline.cache import open_shards
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, make_parent, stderr
-from linerate.train.cli import RecipeCommand, parse_recipe
+from linerate.train.cli import RecipeCommand, parse_recipe, say_what_was_tuned_for
 from linerate.train.plan import require_one_batch
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     if command.shards is None:
         raise UserError(f"--shards is missing: {PROG} {argv[0]} --shards FOLDER")
     _check(command, config)
+    say_what_was_tuned_for(command.tuned, config)
 
     from linerate.bench.record import append_jsonl
     from linerate.bench.suites.pipeline_stages import measure_stages
@@ -109,7 +110,7 @@ def _check(command: PipelineCommand, config: TrainConfig) -> None:
 def as_json(found: Measured) -> dict[str, Any]:
     """What was found as plain JSON types; seconds are those of one batch."""
     model, times = found.model, found.model.times
-    free = model.rates_if_free()
+    free, shares = model.rates_if_free(), model.shares()
     return {
         "verdict": found.verdict,
         "bound_by": found.bottleneck.kind,
@@ -124,6 +125,7 @@ def as_json(found: Measured) -> dict[str, Any]:
                 "stage": stage,
                 "seconds": seconds,
                 "pairs_per_s_alone": times.batch / seconds if seconds > 0 else None,
+                "share_of_its_side": shares[stage],
                 "pairs_per_s_if_free": free[stage],
             }
             for stage, seconds in model.stages().items()
@@ -177,16 +179,14 @@ def _stages_table(found: Measured) -> Table:
     table.add_column("stage")
     for header in ("ms a batch", "pairs/s alone", "of its side", "pairs/s if free"):
         table.add_column(header, justify="right")
-    free, loader = model.rates_if_free(), model.times.loader_stages
-    step_s = model.step_s
+    free, shares, loader = model.rates_if_free(), model.shares(), model.times.loader_stages
     for stage, seconds in model.stages().items():
-        side_s = model.times.loader_s if stage in loader else step_s
         alone = show(model.times.batch / seconds) if seconds > 0 else "-"
         table.add_row(
             stage,
             show(1e3 * seconds),
             alone,
-            f"{100 * seconds / side_s:.0f} %",
+            f"{100 * shares[stage]:.0f} %",
             show(free[stage]),
             style="bold" if stage == bottleneck.stage else None,
             end_section=stage == [*loader][-1],

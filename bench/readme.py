@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linerate.bench.fleet import machines_of
-from linerate.bench.record import Record, is_noisy, load_jsonl, number
+from linerate.bench.record import Record, is_noisy, load_jsonl
+from linerate.bench.record_table import number
 from linerate.train.anchors import ANCHORS
 from linerate.train.anchors_cli import shown_status, shown_value
 

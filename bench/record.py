@@ -1,35 +1,23 @@
-"""One measurement as one JSON line, and many of them as a table."""
+"""One measurement as one JSON line."""
 
 import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from rich import box
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
+from typing import Any, Literal
 
 from linerate.shards.errors import UserError
-from linerate.shards.terminal import visible
 
 # Kinds of measurement: rates of two sides over time, rates of ours alone, exact numbers.
 Kind = Literal["time", "count"]
+# What `views` once called its peer, our side in front, and what it calls it now.
+_FORMER_PEERS = {r"\w+, against (torch)": r"\1", r"(\w+)'s \w+, against all of it": r"all of \1's time"}
 # Name, peer, work, unit and ranks.
 Key = tuple[str, str, str, str, int]
-
-
-class Worked(Protocol):
-    """What has a name and a work."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def work(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +58,9 @@ class Record:
     ceiling: str | None = None
     """what could not be beaten on this machine; `none: ...` says why there is no such thing"""
     ceiling_rate: float | None = None
+    """of its fastest round"""
     ceiling_share: float | None = None
-    """our share of the ceiling"""
+    """`ours` over `ceiling_rate`; see `Ceiling` in contest.py for what a share over 1 says"""
     missing: str | None = None
     """the peer that is not installed, and how to bring it"""
     refused: str | None = None
@@ -131,6 +120,10 @@ def load_jsonl(path: Path) -> list[Record]:
 
     Raises UserError for a file that is missing or is not one of ours.
     """
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        found = f"its last by name is {files[-1]}" if files else "it holds no file NAME.jsonl"
+        raise UserError(f"{path} is a folder, and results are a file of JSON lines; {found}")
     if not path.is_file():
         raise UserError(f"there is no results file {path}; `linerate bench run --out {path}` writes one")
     try:
@@ -154,14 +147,25 @@ def load_jsonl(path: Path) -> list[Record]:
 
 
 def from_json(fields: Mapping[str, Any]) -> Record:
-    """The inverse of `to_json`; fields that a newer version added are dropped.
+    """The inverse of `to_json`; fields that a newer version added are dropped, what an older one named
+    otherwise is named as now.
 
     Raises TypeError or AttributeError for what is no record.
     """
     known = {field.name for field in dataclasses.fields(Record)}
     record = Record(**{key: value for key, value in fields.items() if key in known})
     _require_types(record)
-    return dataclasses.replace(record, ours_s=tuple(record.ours_s), theirs_s=tuple(record.theirs_s))
+    return dataclasses.replace(
+        record,
+        peer=_peer_now(record.peer) if record.name == "views" else record.peer,
+        ours_s=tuple(record.ours_s),
+        theirs_s=tuple(record.theirs_s),
+    )
+
+
+def _peer_now(peer: str | None) -> str | None:
+    found = ((re.fullmatch(pattern, peer or ""), now) for pattern, now in _FORMER_PEERS.items())
+    return next((match.expand(now) for match, now in found if match), peer)
 
 
 def _require_types(record: Record) -> None:
@@ -187,83 +191,23 @@ def latest(records: Iterable[Record]) -> dict[Key, Record]:
     return {record.key: record for record in records}
 
 
-def results_table(records: Sequence[Record]) -> RenderableType:
-    """The records as people read them, within 80 columns; what each line's work was stands below."""
-    table = two_line_table(
-        ("name", "against"), ("ours", "unit"), ("theirs", ""), ("ratio", "95 %"), ("bar", "")
-    )
-    for record in records:
-        table.add_row(
-            name_cell(record.name, record.peer or _what(record)),
-            f"{number(record.ours)}\n[dim]{plain(record.unit)}[/]",
-            number(record.theirs),
-            _ratio_cell(record),
-            _bar_cell(record),
-        )
-    return Group(table, works_table(records), _footer(records))
-
-
-def two_line_table(*headers: tuple[str, str]) -> Table:
-    """A table whose rows have two lines, the first column to the left and the rest to the right."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    widths = {0: 20, len(headers) - 1: 12}
-    for place, (first, second) in enumerate(headers):
-        justify: Literal["left", "right"] = "left" if place in widths else "right"
-        header = f"{first}\n[dim]{second}[/]"
-        widest = None if place in widths else 12
-        table.add_column(
-            header, justify=justify, min_width=widths.get(place, 0), max_width=widest, overflow="fold"
-        )
-    return table
-
-
-def _what(record: Record) -> str | None:
-    """What tells a record apart from others of its name that have no peer either."""
-    what, colon, _ = record.work.partition(":")
-    if not colon:
-        return None
-    return what if record.ranks is None else f"{what}, {record.ranks} rank{'s' if record.ranks > 1 else ''}"
-
-
-def name_cell(name: str, peer: str | None) -> str:
-    """The benchmark, and below it whom it is held against, or what was measured alone."""
-    return f"[bold]{plain(name)}[/]\n[dim]{plain(peer or '-')}[/]"
-
-
-def plain(text: str) -> str:
-    """A text as it came, within rich's markup and safe to print."""
-    return escape(visible(text))
-
-
-def works_table(records: Iterable[Worked]) -> Table:
-    """What each benchmark did, each work once, and below it what its records note."""
-    works: dict[tuple[str, str], dict[str, None]] = {}
-    for record in records:
-        notes = works.setdefault((record.name, record.work), {})
-        if note := getattr(record, "note", None):
-            notes[note] = None
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for (name, work), notes in works.items():
-        told = "\n".join([f"[dim]{plain(work)}[/]", *map(plain, notes)])
-        table.add_row(f"[bold]{plain(name)}[/]", told)
-    return table
-
-
-def number(value: float | None) -> str:
-    """Three significant digits with thousands separated; whole numbers whole."""
-    if value is None:
-        return "-"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def is_noisy(record: Record) -> bool:
     """The machine was too unquiet while this was measured."""
     noise = record.machine.get("noise")
     return isinstance(noise, Mapping) and bool(noise.get("noisy"))
+
+
+def lacking(record: Record) -> str | None:
+    """What a measurement went without, in two words: `no peer`, or what ours itself needs, as `no GPU`."""
+    if not record.missing:
+        return None
+    if record.ours is not None:
+        return "no peer"
+    if "CUDA device" in record.missing:
+        return "no GPU"
+    # As missing_peer and missing_backend tell it: `nvidia.dali is not installed; bring it with ...`.
+    module, told, _ = record.missing.partition(" is not installed")
+    return f"no {module.split()[-1].rpartition('.')[2]}" if told else "not run"
 
 
 def more_is_better(record: Record) -> bool:
@@ -274,44 +218,3 @@ def more_is_better(record: Record) -> bool:
 def is_projection(record: Record) -> bool:
     """By formula from what was measured on fewer ranks; no measurement."""
     return (record.note or "").startswith("projection")
-
-
-def _ratio_cell(record: Record) -> str:
-    if record.refused:
-        return "[red]refused[/]"
-    if record.missing:
-        return "[yellow]no peer[/]"
-    if record.ratio is None:
-        return "-"
-    if record.kind == "count":
-        return f"{record.ratio:.2f}x\n[dim]exact[/]"
-    if is_projection(record):
-        return f"{record.ratio:.2f}x\n[dim]projected[/]"
-    noisy = "[yellow]~[/] " if is_noisy(record) else ""
-    return f"{noisy}{record.ratio:.2f}x\n[dim]{record.ratio_low:.2f} to {record.ratio_high:.2f}[/]"
-
-
-def _bar_cell(record: Record) -> str:
-    if record.bar_reads is None:
-        return "-"
-    unmeasured = record.missing or record.refused or record.ours is None
-    blank = f"[dim]{'not measured' if unmeasured else 'other size'}[/]"
-    verdict = {True: "[green]met[/]", False: "[red]not met[/]", None: blank}[record.met]
-    return f"{plain(record.bar_reads.removeprefix('ratio '))}\n{verdict}"
-
-
-def _footer(records: Sequence[Record]) -> str:
-    lines = [
-        f"{plain(record.name)}: {100 * record.ceiling_share:.0f} % of its ceiling here, "
-        f"{plain(record.ceiling or '-')} ({number(record.ceiling_rate)} {plain(record.unit)})"
-        for record in records
-        if record.ceiling_share is not None
-    ]
-    for record in records:
-        lines += [f"[red]{plain(record.name)}: refused: {plain(record.refused)}[/]"] if record.refused else []
-        lines += [f"[yellow]{plain(record.name)}: {plain(record.missing)}[/]"] if record.missing else []
-    if any(is_noisy(record) for record in records):
-        lines.append("[yellow]~[/] the machine was busy with something else: trust these ratios less")
-    if any(record.bar_reads and record.met is None and record.ours is not None for record in records):
-        lines.append("other size: the bar is for larger work; `--suite cpu` measures that")
-    return "\n".join(lines)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from linerate.bench.findings import Findings
-from linerate.bench.record import Record, is_noisy, is_projection, number
+from linerate.bench.record import Record, is_noisy, is_projection
+from linerate.bench.record_table import number
 from linerate.bench.report_parts import chips, number_x
 from linerate.shards.html_page import escaped
 

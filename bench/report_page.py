@@ -10,7 +10,8 @@ from linerate.bench.findings import Findings, judged
 from linerate.bench.fleet import Machine
 from linerate.bench.line_chart import Line, Point, line_chart
 from linerate.bench.machine_facts import machine_facts, unrest
-from linerate.bench.record import Record, is_noisy, number
+from linerate.bench.record import Record, is_noisy
+from linerate.bench.record_table import number
 from linerate.bench.report_lines import code_of, lines_section
 from linerate.bench.report_parts import BAR_HEAD, COLOURS, MARKS, bar_row, scaling_card, stack_card
 from linerate.bench.report_style import STYLE

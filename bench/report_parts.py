@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from linerate.bench.findings import ScalePoint, Scaling, Stack, reach, status
 from linerate.bench.line_chart import Line, Point, line_chart
-from linerate.bench.record import Record, is_noisy, number
+from linerate.bench.record import Record, is_noisy
+from linerate.bench.record_table import number
 from linerate.shards.html_page import escaped
 
 MARKS = {
@@ -190,7 +191,8 @@ def scaling_card(scaling: Scaling, *, with_machine: bool) -> str:
     return (
         f'<div class="card"><h3>{escaped(scaling.title)}{machine}</h3>{_scale_chart(scaling)}'
         f'<div class="wide"><table><tr><th class="n">ranks<th class="n">pairs/s<th class="n">ideal'
-        f'<th class="n">efficiency<th></tr>{rows}</table></div>{told}</div>'
+        f'<th class="n">efficiency<br><small>median of rounds</small><th></tr>{rows}</table></div>'
+        f"{told}</div>"
     )
 
 

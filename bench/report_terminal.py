@@ -12,7 +12,8 @@ from rich.table import Table
 from linerate.bench.cost import Cost, paper_runs, usd
 from linerate.bench.findings import Findings, Scaling, Stack, is_elsewhere, status
 from linerate.bench.machine_facts import machine_facts
-from linerate.bench.record import compact_json, is_noisy, number, plain, results_table
+from linerate.bench.record import compact_json, is_noisy
+from linerate.bench.record_table import number, plain, results_table
 from linerate.bench.report_page import counted
 from linerate.bench.report_parts import milliseconds
 
@@ -55,7 +56,7 @@ def report_tables(findings: Findings) -> Iterator[RenderableType]:
 
 def _scaling_table(scaling: Scaling) -> Table:
     table = _table()
-    for header in ("ranks", "pairs/s", "ideal", "efficiency"):
+    for header in ("ranks", "pairs/s", "ideal", "efficiency\n[dim]median of rounds[/]"):
         table.add_column(header, justify="right")
     table.add_column("")
     for point in scaling.points:

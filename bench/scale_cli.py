@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from linerate.bench.record import append_jsonl, results_table
+from linerate.bench.record import append_jsonl
+from linerate.bench.record_table import results_table
 from linerate.bench.timing import MIN_ROUNDS
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import emit_json, make_parent

@@ -9,15 +9,14 @@ import numpy as np
 from rich.console import Group, RenderableType
 
 from linerate.bench.fleet import same_hardware
-from linerate.bench.record import (
-    Record,
-    is_noisy,
-    latest,
-    more_is_better,
+from linerate.bench.record import Record, is_noisy, latest, more_is_better
+from linerate.bench.record_table import (
     name_cell,
     number,
+    numbered,
     plain,
     two_line_table,
+    what_of,
     works_table,
 )
 from linerate.bench.timing import Interval, unpaired_ratio
@@ -156,7 +155,10 @@ def _lacks_rounds(record: Record) -> bool:
 
 def differences_table(differences: Sequence[Difference]) -> RenderableType:
     """The differences as people read them, within 80 columns."""
-    table = two_line_table(("name", "against"), ("A", "unit"), ("B", ""), ("B/A", "95 %"), ("verdict", ""))
+    names = numbered(differences)
+    table = two_line_table(
+        ("name", "what, against"), ("A", "unit"), ("B", ""), ("B/A", "95 %"), ("verdict", "")
+    )
     for difference in differences:
         ratio = difference.ratio
         colour = {"faster": "green", "refused in B": "red"}
@@ -164,7 +166,7 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
         notes = ["past the tolerance"] if difference.regressed and ratio is not None else []
         notes += [plain(difference.caveat)] if difference.caveat else []
         table.add_row(
-            name_cell(difference.name, difference.peer),
+            name_cell(names[difference.name, difference.work], what_of(difference.work), difference.peer),
             f"{number(difference.a)}\n[dim]{plain(difference.unit)}[/]",
             number(difference.b),
             _ratio_cell(ratio, exactly="one reading" if difference.unit in READINGS else "exact"),

@@ -106,10 +106,17 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
     Shards that are named must be there and fill a batch: no learning rate helps one that is too large.
     """
     command, config = parse_recipe(TrainCommand, argv, prog="linerate train")
-    if command.profile is not None:
-        for note in load_profile(command.profile).notes(config):
-            stderr.print(f"note: {note}", highlight=False, markup=False)
+    say_what_was_tuned_for(command.profile, config)
     return command, config
+
+
+def say_what_was_tuned_for(profile: Path | None, config: TrainConfig) -> None:
+    """On stderr, where a profile that was read was made for another run or machine than this one.
+
+    For commands that train or measure by themselves; a cell of a sweep is such a command and knows its ranks.
+    """
+    for note in load_profile(profile).notes(config) if profile is not None else ():
+        stderr.print(f"note: {note}", highlight=False, markup=False)
 
 
 def parse_recipe(

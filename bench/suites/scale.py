@@ -1,6 +1,8 @@
 """The step on 1, 2, ... ranks of this machine: how well it scales, and what its collectives send.
 
 weak: each rank has as many images, however many ranks there are. strong: all ranks share as many.
+The efficiency is the ratio of a record: n times one rank's seconds for the same pairs over those of n ranks,
+the median over rounds. A projection's is its formula's. Nothing else is called efficiency.
 On a CPU ranks are processes of one thread each, by torchrun and gloo; where there are GPUs enough, by NCCL.
 Legend: n ranks, N images on each, B on all.
 """
@@ -145,7 +147,8 @@ class Scaling:
         one = self.times[1, self.rank_batch(mode, 1)]
         # As long as n times one rank would take for the same pairs.
         ideal = one if mode == "weak" else one / num
-        at_once = num if self.on_gpu else min(num, usable_cores())
+        cores = num if self.on_gpu else usable_cores()
+        at_most = f"; {num} ranks on {cores} cores reach {cores / num:.2f} at most" if cores < num else ""
         contest = Contest(
             peer=f"{num} times one rank, {mode}" if num > 1 else None,
             work=self.describe(mode, num),
@@ -153,18 +156,11 @@ class Scaling:
             amount=num * self.rank_batch(mode, num),
             ours=Side(run=lambda: None),
             ranks=num,
-            no_ceiling="one rank is what more are held against" if num == 1 else None,
-            note="the ratio is the efficiency" if num > 1 else None,
+            no_ceiling="n times one rank is what n are held against",
+            note=f"the ratio is the efficiency{at_most}" if num > 1 else None,
         )
         times = {"ours": ours} | ({"theirs": ideal} if num > 1 else {})
-        record = timed_record(NAME, contest, times=times, noise=unrest, suite="")
-        if num == 1:
-            return record
-        most = contest.amount / float(np.median(ideal)) * at_once / num
-        name = f"{at_once} times one rank" + ("" if at_once == num else f", which is all {at_once} cores")
-        return dataclasses.replace(
-            record, ceiling=name, ceiling_rate=most, ceiling_share=(record.ours or 0) / most
-        )
+        return timed_record(NAME, contest, times=times, noise=unrest, suite="")
 
     def _counts(self, num: int, found: dict[str, Any]) -> Iterator[Count]:
         calls, filled = found["calls"], found["bytes"]

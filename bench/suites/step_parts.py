@@ -19,7 +19,7 @@ from linerate.bench.suites.step_start import DIM, EMA_MOMENTUM, TEMPERATURE
 from linerate.bench.timing import Side, one_core
 from linerate.train.ema import FlatEma
 from linerate.train.encoder import build_encoder
-from linerate.train.infonce import infonce
+from linerate.train.infonce import chunk_size, infonce
 from linerate.train.key_queue import KeyQueue
 
 MAX_ENQUEUE_US = 10
@@ -160,6 +160,19 @@ class InfoNceSides:
         """The same by the peer."""
         return self._with_gradient(peers.infonce_cat(self.query, self.key, self.columns, TEMPERATURE))
 
+    @torch.no_grad()
+    def products(self) -> Tensor:
+        """The two matrix products that any form has, over blocks of keys that a cache holds.
+
+        In one block the N x K logits go through memory, which ours leaves out: 1.2 times ours on one core.
+        """
+        num, num_keys = len(self.query), len(self.negatives)
+        size = chunk_size(num, num_keys, device_type=self.query.device.type)
+        logits, found = self.query.new_empty(num, size), torch.zeros_like(self.query)
+        for block in torch.split(self.negatives, size):
+            found.addmm_(torch.mm(self.query, block.T, out=logits[:, : len(block)]), block)
+        return found
+
     def agree(self) -> str:
         """What was found equal."""
         return require_close(
@@ -167,7 +180,7 @@ class InfoNceSides:
         )
 
     def contest(self, where: str, *, bar: Bar) -> Contest:
-        """Both sides, below the ceiling of two matrix products."""
+        """Both sides, below the ceiling of two matrix products by ours' own blocks of keys."""
         return Contest(
             peer=INFONCE_PEER,
             work=f"{self.name}, {where}",
@@ -177,10 +190,7 @@ class InfoNceSides:
             theirs=Side(run=self.theirs),
             agree=self.agree,
             bar=bar,
-            ceiling=Ceiling(
-                name="its two matrix products",
-                side=Side(run=lambda: self.query.detach() @ self.columns @ self.negatives),
-            ),
+            ceiling=Ceiling(name="its two matrix products, block by block", side=Side(run=self.products)),
         )
 
     def _with_gradient(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -93,7 +93,7 @@ def _contest(name: str, work: Work, steady: Steady | None, *, full_size: bool, d
     side = steady.side if steady else Side(run=lambda: None)
     bar = Bar(1.3, full_size=full_size) if name == "dali" and work.device == "cpu" else None
     return Contest(
-        peer=None if name == REFERENCE else f"{name}, against {REFERENCE}",
+        peer=None if name == REFERENCE else REFERENCE,
         work=f"--backend {name}: {work}",
         unit="pairs/s",
         amount=work.amount,

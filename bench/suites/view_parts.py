@@ -21,15 +21,13 @@ def parts_of(name: str, work: Work, times: dict[str, Seconds], unrest: dict[str,
     # A part that the noise leaves nothing of is given a thousandth of the whole.
     least = 1e-3 * whole
     parts = {
-        ("decode", "decode alone"): decoding,
-        ("crops", "crops alone (decode and crops, less decode)"): np.maximum(cropping - decoding, least),
-        ("colours", "flip, colours and blur (all, less decode and crops)"): np.maximum(
-            whole - cropping, least
-        ),
+        "decode alone": decoding,
+        "crops alone (decode and crops, less decode)": np.maximum(cropping - decoding, least),
+        "flip, colours and blur (all, less decode and crops)": np.maximum(whole - cropping, least),
     }
-    for (short, part), seconds in parts.items():
+    for part, seconds in parts.items():
         contest = Contest(
-            peer=f"{name}'s {short}, against all of it",
+            peer=f"all of {name}'s time",
             work=f"{part}, --backend {name}: {work}",
             unit="pairs/s",
             amount=work.amount,

@@ -47,9 +47,12 @@ def versus(rate: float, ratio: float, bar: float | None = None, **changes: Any) 
     return made(rate, **{**about, **changes})
 
 
-def scaled(mode: str, ranks: int, rate: float, **changes: Any) -> Record:
-    """A point of a scaling curve."""
-    return made(rate, name="scale", work=f"{mode}: resnet50, {ranks} ranks", ranks=ranks, **changes)
+def scaled(mode: str, ranks: int, rate: float, *, one: float = 100.0, **changes: Any) -> Record:
+    """A point of a scaling curve. one: pairs/s of one rank."""
+    about: dict[str, Any] = {"name": "scale", "work": f"{mode}: resnet50, {ranks} ranks", "ranks": ranks}
+    if ranks > 1:
+        about |= {"theirs": ranks * one, "ratio": rate / (ranks * one)}
+    return made(rate, **{**about, **changes})
 
 
 HOSTILE = "</td><script>alert(1)</script>\"'&[red]\x1b[31m|"

@@ -54,6 +54,15 @@ def test_a_free_stage_gives_what_a_simulation_without_it_gives(stage: str, side_
     assert model.rates_if_free()[stage] == pytest.approx(100 / truth, rel=0.02)
 
 
+def test_the_shares_of_a_side_make_one_where_its_stages_run_side_by_side():
+    found = times(LOADER, STEP, side_by_side=True, logging_s=0.1, step_s=0.45)
+    assert found.loader_s < sum(LOADER.values())
+    shares = BatchModel(found).shares()
+    expected = {"read": 0.3, "decode": 0.5, "augment": 0.2}
+    expected |= {"query forward": 0.1 / 0.6, "backward": 0.4 / 0.6, "logging": 0.1 / 0.6}
+    assert shares == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("both_s", [0.9, 1.0, 1.2, 1.5, 2.0])
 def test_with_nothing_free_the_model_gives_the_measured_time(both_s: float):
     model = BatchModel(times(LOADER, STEP, side_by_side=True, both_s=both_s, logging_s=0.01))

@@ -11,7 +11,9 @@ from linerate.bench import ceilings, disk
 from linerate.bench.ceilings import copy_of, matmul_of, step_ceiling
 from linerate.bench.disk import disk_kind, disk_record, read_file, scratch_file, write_file
 from linerate.bench.floors import StepWork
+from linerate.bench.suites.step_parts import InfoNceSides
 from linerate.bench.timing import Side
+from linerate.train.infonce import chunk_size
 
 BYTES = 3 * 2**20 + 5
 
@@ -66,6 +68,15 @@ def test_what_lies_in_memory_is_called_so(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_copy_counts_what_is_read_and_written_and_a_product_two_a_multiply_add() -> None:
     assert copy_of("cpu", 1000).amount == 2000 / 1e9
     assert matmul_of("cpu", torch.float32, 10).amount == 2 * 10**3 / 1e12
+
+
+def test_infonces_ceiling_is_its_two_products_whole() -> None:
+    sides = InfoNceSides(4, 1000, device="cpu")
+    assert chunk_size(4, 1000, device_type="cpu") < 1000, (
+        "more than one block, and a last one that is smaller"
+    )
+    expected = sides.query.detach() @ sides.negatives.T @ sides.negatives
+    torch.testing.assert_close(sides.products(), expected)
 
 
 @pytest.mark.parametrize(("copy_s", "name"), [(1.0, "its bytes as one copy, eager"), (1e-9, "its products")])

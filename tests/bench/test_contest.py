@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from linerate.bench.contest import (
@@ -10,6 +11,7 @@ from linerate.bench.contest import (
     Disagreement,
     Setting,
     run_contest,
+    timed_record,
 )
 from linerate.bench.peers import missing_peer
 from linerate.bench.timing import Side
@@ -91,6 +93,13 @@ def test_ours_is_also_a_share_of_the_ceiling(setting: Setting):
     assert record.ceiling == "half the work"
     assert 0.2 < record.ceiling_share < 0.9
     assert record.ceiling_share == pytest.approx(record.ours / record.ceiling_rate)
+
+
+def test_a_slow_round_of_the_ceiling_lifts_no_share():
+    times = {"ours": np.full(7, 1.0), "ceiling": np.array([0.8, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5])}
+    held = contest(theirs=None, ceiling=Ceiling(name="a copy", side=Side(run=lambda: None)))
+    record = timed_record("squares", held, times=times, noise={}, suite="")
+    assert (record.ceiling_rate, record.ceiling_share) == (pytest.approx(1250), pytest.approx(0.8))
 
 
 def test_smaller_work_than_the_bars_says_nothing_about_the_bar():

@@ -74,9 +74,10 @@ def test_missing_peers_and_refusals_are_judged_and_plain_rates_are_not():
     assert find(records, {}).tally == {"not measured": 1, "refused": 1, "no bar": 1, "met": 1}
 
 
-def test_a_curve_is_one_mode_over_ranks_and_its_ideal_starts_at_the_fewest():
+def test_a_curve_is_one_mode_over_ranks_and_its_efficiency_is_the_ratio_of_the_records():
     records = [
-        scaled("strong", 2, 180.0),
+        # The median of the rounds' ratios, not the ratio of the medians 180 and 200.
+        scaled("strong", 2, 180.0, ratio=0.92),
         scaled("weak", 1, 90.0),
         scaled("strong", 1, 100.0),
         scaled("strong", 8, 600.0, note="projection: by bytes"),
@@ -85,8 +86,14 @@ def test_a_curve_is_one_mode_over_ranks_and_its_ideal_starts_at_the_fewest():
     assert (strong.title, weak.title) == ("strong: resnet50", "weak: resnet50")
     assert [point.ranks for point in strong.points] == [1, 2, 8]
     assert [point.ideal for point in strong.points] == [100.0, 200.0, 800.0]
-    assert [point.efficiency for point in strong.points] == pytest.approx([1.0, 0.9, 0.75])
+    assert [point.efficiency for point in strong.points] == pytest.approx([1.0, 0.92, 0.75])
     assert [point.projected for point in strong.points] == [False, False, True]
+
+
+def test_ranks_that_were_held_against_nothing_are_no_point_of_a_curve():
+    records = [scaled("strong", 1, 100.0), scaled("strong", 2, 180.0, ratio=None, theirs=None)]
+    (strong,) = scalings_of(machines_of(records)[0])
+    assert [point.ranks for point in strong.points] == [1]
 
 
 @pytest.mark.parametrize(
@@ -106,8 +113,8 @@ def test_a_curve_is_one_mode_over_ranks_and_its_ideal_starts_at_the_fewest():
 )
 def test_a_projection_goes_on_from_what_was_measured(measured: str, projected: str, title: str):
     records = [
-        made(100.0, name="scale", work=measured, ranks=2),
-        made(150.0, name="scale", work=projected, ranks=4, note="projection: by bytes"),
+        made(100.0, name="scale", work=measured, ranks=2, ratio=0.8),
+        made(150.0, name="scale", work=projected, ranks=4, ratio=0.6, note="projection: by bytes"),
     ]
     (scaling,) = scalings_of(machines_of(records)[0])
     assert scaling.title == title
@@ -116,7 +123,7 @@ def test_a_projection_goes_on_from_what_was_measured(measured: str, projected: s
 
 def test_another_batch_is_another_curve():
     works = ("weak: b8 a rank, resnet50, 224 px, 2 ranks", "weak: b16 a rank, resnet50, 224 px, 2 ranks")
-    records = [made(100.0, name="scale", work=work, ranks=2) for work in works]
+    records = [made(100.0, name="scale", work=work, ranks=2, ratio=0.8) for work in works]
     assert len(scalings_of(machines_of(records)[0])) == 2
 
 

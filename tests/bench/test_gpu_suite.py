@@ -148,6 +148,8 @@ def test_backends_are_held_against_torch_and_what_is_missing_is_named(
         "webdataset": 2,
         "ffcv": 2,
     }
+    peers = {name: {one.peer for one in found} for name, found in whole.items()}
+    assert peers == {"torch": {None}, "dali": {"torch"}, "webdataset": {"torch"}, "ffcv": {"torch"}}
     for record in whole["ffcv"]:
         assert (record.ours, record.missing) == (None, "ffcv is not installed; bring it with: make ffcv")
     assert all("views by the same draws" in (one.equal or "") for one in whole["dali"])
@@ -155,6 +157,8 @@ def test_backends_are_held_against_torch_and_what_is_missing_is_named(
     assert all(len(one.theirs_s) == MIN_ROUNDS for one in (*whole["dali"], *whole["webdataset"]))
     parts = [one for one in records if "alone" in one.work or one.work.startswith("flip")]
     assert len(parts) == 9
+    named = {"all of dali's time", "all of torch's time", "all of webdataset's time"}
+    assert {one.peer for one in parts} == named
     assert all("% of the time of the views" in (one.note or "") for one in parts)
 
 

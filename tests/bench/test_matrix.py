@@ -51,6 +51,7 @@ def test_a_cell_says_what_it_is_asked_for_or_why_not():
     shown = [cell_text(record, of) for of in ("rate", "ratio", "share", "both")]
     assert shown == ["~1,234", "~2.00x", "~50 %", "~1,234\n2.00x"]
     assert cell_text(made(5.0, missing="x is not installed"), "both") == "5\nno peer"
+    assert cell_text(made(None, missing="to a GPU: there is no CUDA device"), "both") == "-\nno GPU"
     assert cell_text(made(None, refused="they differ"), "rate") == "refused"
     assert cell_text(None, "rate") == "-"
 

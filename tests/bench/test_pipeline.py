@@ -19,12 +19,14 @@ from PIL import Image
 
 from linerate.bench.bottleneck import Bottleneck
 from linerate.bench.cli import main
+from linerate.bench.loader_parts import LoaderParts
 from linerate.bench.record import load_jsonl
 from linerate.bench.suites import pipeline, pipeline_stages
 from linerate.bench.suites.pipeline_stages import measure_stages
 from linerate.bench.timing import Seconds, Side
 from linerate.pipeline import dali_views, torch_views
 from linerate.pipeline.cache import open_shards
+from linerate.pipeline.loader import open_views
 from linerate.pipeline.reader import ShardReader
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -165,6 +167,19 @@ def test_the_stage_that_sleeps_is_named(
     assert sum(times.loader_stages.values()) == pytest.approx(times.loader_s, abs=100.0)
     assert sum(times.step_stages.values()) == pytest.approx(times.step_s, abs=100.0)
     assert found.model.rates_if_free()[stage] > 2 * found.model.rate()
+
+
+@pytest.mark.usefixtures("one_round")
+def test_reading_that_really_takes_longer_than_the_step_beside_it_bounds_the_run(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+):
+    """By the true clock: without its sleeps a batch takes a twentieth of a second on a busy machine."""
+    slow_down(monkeypatch, "read", lambda: time.sleep(0.3))
+    slow_down(monkeypatch, "loss", lambda: time.sleep(0.15))
+    found = measure_stages(config(backend="dali"), catalog, budget_s=0.0)
+    # If they took turns, as torch's loader without workers does, the kind would be `shared`.
+    assert found.bottleneck == Bottleneck("loader", "read")
+    assert found.verdict.startswith("read-bound: ")
 
 
 @pytest.mark.usefixtures("one_round")
@@ -360,11 +375,43 @@ def test_several_ranks_are_refused(catalog: Catalog, monkeypatch: pytest.MonkeyP
         main(["pipeline", "demo", "--shards", str(catalog.root), *FLAGS])
 
 
-def test_a_file_of_tune_stands_for_its_flags(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_loaders_parts_are_those_of_a_ranks_batch(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def decoded(batches: Any, *, batch: int, **_: Any) -> Iterator[Any]:
+        asked.append(batch)
+        return iter(batches)
+
+    monkeypatch.setattr(dali_views, "decoded", decoded)
+    made = config(backend="dali")
+    loader = open_views(
+        catalog,
+        recipe=made.views.recipe(),
+        seed=0,
+        global_batch=BATCH,
+        rank=0,
+        world_size=2,
+        num_lanes=2,
+        num_threads=1,
+    )
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(LoaderParts(made, loader, device="cpu", start_step=0)),
+    ):
+        assert asked == [BATCH // 2]
+
+
+def test_a_file_of_tune_stands_for_its_flags_and_says_that_it_was_made_elsewhere(
+    catalog: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     tuned = tmp_path / "tuned.json"
-    tuned.write_text(json.dumps({"profile_version": 1, "speed": {"prefetch": 5}, "made_for": {}}))
+    other = {"device": "another GPU", "global_batch": 4}
+    tuned.write_text(json.dumps({"profile_version": 1, "speed": {"prefetch": 5}, "made_for": other}))
     taken: list[int] = []
 
     def take(config: TrainConfig, *_: Any, **__: Any) -> Any:
@@ -372,10 +419,14 @@ def test_a_file_of_tune_stands_for_its_flags(
         raise UserError("enough")
 
     monkeypatch.setattr(pipeline_stages, "measure_stages", take)
+    said = []
     for words in ([], ["--tuned", str(tuned)]):
         with pytest.raises(UserError, match="enough"):
             main(["pipeline", "demo", "--shards", str(catalog.root), *FLAGS, *words])
+        said.append(" ".join(capsys.readouterr().err.split()))
     assert taken == [2, 5]
+    assert "tuned for" not in said[0]
+    assert "tuned for device another GPU (here " in said[1]
 
 
 def test_the_help_of_bench_names_the_command(capsys: pytest.CaptureFixture[str]):

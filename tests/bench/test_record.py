@@ -1,12 +1,10 @@
 import dataclasses
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from linerate.bench.record import Record, append_jsonl, latest, load_jsonl, number, results_table
+from linerate.bench.record import Record, append_jsonl, from_json, latest, load_jsonl
 from linerate.shards.errors import UserError
 
 RECORD = Record(
@@ -61,6 +59,30 @@ def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path):
         load_jsonl(path)
 
 
+def test_a_folder_is_the_users_error_and_names_its_last_file(tmp_path: Path):
+    with pytest.raises(UserError, match=r"is a folder, .* it holds no file NAME\.jsonl"):
+        load_jsonl(tmp_path)
+    for name in ("2026-11-30.jsonl", "2026-11-25.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"is a folder, .* its last by name is .*/2026-11-30\.jsonl"):
+        load_jsonl(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("dali, against torch", "torch"),
+        ("dali's decode, against all of it", "all of dali's time"),
+        ("Pillow + torchvision v2", "Pillow + torchvision v2"),
+        (None, None),
+    ],
+)
+def test_lines_of_views_that_named_our_side_in_the_peer_have_the_key_of_now(written: str | None, read: str):
+    line = {**RECORD.to_json(), "name": "views", "peer": written}
+    assert from_json(line).peer == read
+    assert from_json({**line, "name": "pack"}).peer == written
+
+
 def test_a_missing_file_is_the_users_error(tmp_path: Path):
     with pytest.raises(UserError, match="there is no results file"):
         load_jsonl(tmp_path / "absent.jsonl")
@@ -70,30 +92,3 @@ def test_a_field_of_a_newer_version_is_dropped(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({**RECORD.to_json(), "invented_later": 1}) + "\n")
     assert load_jsonl(path) == [RECORD]
-
-
-def test_the_table_names_a_missing_peer_and_a_refusal():
-    missing = dataclasses.replace(RECORD, ratio=None, theirs=None, missing="webdataset is not installed")
-    refused = dataclasses.replace(RECORD, ours=None, ratio=None, refused="the keys differ")
-    printed = io.StringIO()
-    Console(width=200, file=printed).print(results_table([RECORD, missing, refused]))
-    text = printed.getvalue()
-    assert "4.00x" in text
-    assert "3.50 to 4.50" in text
-    assert "webdataset is not installed" in text
-    assert "the keys differ" in text
-
-
-def test_what_a_record_notes_stands_below_its_work_once():
-    noted = dataclasses.replace(RECORD, note="25 % of the time [of all]")
-    printed = io.StringIO()
-    Console(width=200, file=printed).print(results_table([noted, noted, RECORD]))
-    lines = [line.strip() for line in printed.getvalue().splitlines()]
-    at = next(place for place, line in enumerate(lines) if line.endswith("161 tensors"))
-    assert lines[at + 1] == "25 % of the time [of all]"
-    assert printed.getvalue().count("25 %") == 1
-
-
-def test_numbers_are_short():
-    shown = [number(x) for x in (None, 0.0, 968, 12345.6, 0.98765, 43.21)]
-    assert shown == ["-", "0", "968", "12,346", "0.988", "43.2"]

@@ -9,7 +9,8 @@ from tests.bench.made_records import DESK, HOSTILE, NODE, made, scaled, versus
 from linerate.bench.findings import find
 from linerate.bench.fleet import load_files
 from linerate.bench.line_chart import HEIGHT, TOP, Line, Point, line_chart, log_ticks, ticks
-from linerate.bench.record import Record, latest, number
+from linerate.bench.record import Record, latest
+from linerate.bench.record_table import number
 from linerate.bench.report_page import write_report
 from linerate.shards.terminal import visible
 

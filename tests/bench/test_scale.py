@@ -51,6 +51,8 @@ def test_both_modes_are_rates_of_one_and_two_ranks_with_their_efficiency(measure
             assert record.ratio is None
         else:
             assert record.ratio == pytest.approx(float(np.median(np.divide(record.theirs_s, record.ours_s))))
+            assert "the ratio is the efficiency" in (record.note or "")
+        assert record.ceiling_share is None, "the efficiency has one form"
     weak_one, _, strong_one, strong_two = timed
     assert (weak_one.amount, strong_one.amount, strong_two.amount) == (8, 16, 16)
     # Twice one rank needs half of its time for the same images.
@@ -135,6 +137,19 @@ def test_collectives_besides_gradients_and_broadcasts_are_counted_and_miss_their
     assert broadcasts.bar is not None
     assert (broadcasts.ours, broadcasts.bar.met(ratio=None, ours=broadcasts.ours)) == (2, False)
     assert counts["bytes of buffers"].ours == 7
+
+
+@pytest.mark.usefixtures("_without_processes")
+def test_more_ranks_than_cores_say_what_they_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "usable_cores", lambda: 2)
+    scaling = Scaling(_config(), [1, 2, 4])
+    timed = [one for one in scaling.measure(rounds=7, min_round_s=0.0) if isinstance(one, Record)]
+    notes = {record.ranks: record.note for record in timed}
+    assert notes == {
+        1: None,
+        2: "the ratio is the efficiency",
+        4: "the ratio is the efficiency; 4 ranks on 2 cores reach 0.50 at most",
+    }
 
 
 @pytest.mark.usefixtures("_without_processes")

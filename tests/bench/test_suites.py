@@ -14,7 +14,8 @@ from PIL import Image
 
 from linerate.bench.contest import Disagreement, Setting
 from linerate.bench.images import copy_folder, load_images
-from linerate.bench.record import Record, results_table
+from linerate.bench.record import Record
+from linerate.bench.record_table import results_table
 from linerate.bench.registry import BENCHMARKS, run_benchmark
 from linerate.bench.suites import gpu_views, shards, step, step_parts, view_backends, views
 from linerate.bench.suites.ceilings import NO_GPU
