@@ -106,16 +106,19 @@ def parse_train(argv: list[str]) -> tuple[TrainCommand, TrainConfig]:
     Shards that are named must be there and fill a batch: no learning rate helps one that is too large.
     """
     command, config = parse_recipe(TrainCommand, argv, prog="linerate train")
-    say_what_was_tuned_for(command.profile, config)
+    say_what_was_tuned_for(command.profile, config, world_size=_world_size(command))
     return command, config
 
 
-def say_what_was_tuned_for(profile: Path | None, config: TrainConfig) -> None:
+def say_what_was_tuned_for(
+    profile: Path | None, config: TrainConfig, *, world_size: int | None = None
+) -> None:
     """On stderr, where a profile that was read was made for another run or machine than this one.
 
     For commands that train or measure by themselves; a cell of a sweep is such a command and knows its ranks.
+    world_size: ranks of the run; None: those that the launcher started.
     """
-    for note in load_profile(profile).notes(config) if profile is not None else ():
+    for note in load_profile(profile).notes(config, world_size=world_size) if profile is not None else ():
         stderr.print(f"note: {note}", highlight=False, markup=False)
 
 

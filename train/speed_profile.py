@@ -43,9 +43,9 @@ class SpeedProfile:
             words += [on_or_off] if isinstance(value, bool) else [f"--{flag}", str(value)]
         return words
 
-    def notes(self, config: TrainConfig) -> list[str]:
+    def notes(self, config: TrainConfig, *, world_size: int | None = None) -> list[str]:
         """A line where the profile was made for something else than this run on this machine."""
-        here = made_for(config)
+        here = made_for(config, world_size=world_size)
         other = [
             f"{name} {there} (here {here[name]})"
             for name, there in self.made_for.items()
@@ -105,8 +105,11 @@ def _is_of(value: Any, hint: Any) -> bool:
     return isinstance(value, float | int if hint is float else hint)
 
 
-def made_for(config: TrainConfig) -> dict[str, Any]:
-    """What a profile depends on, of this config on this machine."""
+def made_for(config: TrainConfig, *, world_size: int | None = None) -> dict[str, Any]:
+    """What a profile depends on, of this config on this machine.
+
+    world_size: ranks of the run; None: those that the launcher started.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
@@ -118,5 +121,5 @@ def made_for(config: TrainConfig) -> dict[str, Any]:
         "precision": config.speed.precision,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cores": usable_cores(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size,
     }

@@ -47,9 +47,9 @@ def test_a_micro_batch_of_other_bn_groups_than_the_recipes_comes_back(tmp_path: 
 
 def test_a_profile_for_another_batch_or_encoder_says_so():
     demo = find_recipe("demo").build()
-    assert profile(prefetch=4).notes(demo) == []
+    assert profile(prefetch=4).notes(demo, world_size=1) == []
     larger = dataclasses.replace(demo, optim=dataclasses.replace(demo.optim, global_batch=128))
-    (note,) = profile(prefetch=4).notes(larger)
+    (note,) = profile(prefetch=4).notes(larger, world_size=1)
     assert "global_batch 64 (here 128)" in note
 
 
@@ -62,6 +62,20 @@ def test_flags_count_more_than_the_profile(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
     parse_train(["cifar10", "--dry-run", "--profile", str(path)])
     assert "encoder tiny-resnet-w16 (here resnet18)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plan_for_other_ranks_is_held_against_those_that_the_profile_was_made_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "profile.json"
+    made = made_for(find_recipe("demo").build()) | {"ranks": 2}
+    SpeedProfile(speed={"prefetch": 4}, made_for=made).save(path)
+    words = ["demo", "--dry-run", "--profile", str(path)]
+    parse_train([*words, "--ranks", "2"])
+    assert capsys.readouterr().err == ""
+    for flags, here in ((["--ranks", "4"], 4), ([], 1)):
+        parse_train([*words, *flags])
+        assert f"ranks 2 (here {here})" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
