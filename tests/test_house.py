@@ -58,6 +58,46 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "linerate: error: two lines become one\n"
 
 
+def _as_rank(monkeypatch, folder: Path, rank: int) -> None:
+    """The place that torchrun gives a rank: a file in a folder of its own beside those of the others."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / str(rank) / "error.json"))
+
+
+def test_ranks_say_the_same_error_once_and_their_own_each(monkeypatch, capsys, tmp_path):
+    said = {}
+    for rank, command in ((1, "shrd"), (0, "shrd"), (2, "trian"), (3, "shrd")):
+        _as_rank(monkeypatch, tmp_path, rank)
+        assert main([command]) == 2
+        said[rank] = capsys.readouterr().err
+    assert "`shrd`" in said[1]
+    assert "`trian`" in said[2]
+    assert said[0] == said[3] == ""
+
+
+def test_a_rank_repeats_itself_and_a_new_start_of_the_ranks_says_it_again(monkeypatch, capsys, tmp_path):
+    for attempt, rank in ((0, 1), (0, 1), (1, 0)):
+        folder = tmp_path / f"attempt_{attempt}"
+        folder.mkdir(exist_ok=True)
+        _as_rank(monkeypatch, folder, rank)
+        assert main(["shrd"]) == 2
+        assert "`shrd`" in capsys.readouterr().err
+
+
+def test_ranks_that_can_leave_no_mark_all_speak(monkeypatch, capsys, tmp_path):
+    for rank in (0, 1):
+        _as_rank(monkeypatch, tmp_path / "not there", rank)
+        assert main(["shrd"]) == 2
+        assert "`shrd`" in capsys.readouterr().err
+    # A file that somebody else named: its folders are not the ranks'.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "some" / "error.json"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["shrd"]) == 2
+        assert "`shrd`" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -118,7 +118,9 @@ def say_what_was_tuned_for(
     For commands that train or measure by themselves; a cell of a sweep is such a command and knows its ranks.
     world_size: ranks of the run; None: those that the launcher started.
     """
-    for note in load_profile(profile).notes(config, world_size=world_size) if profile is not None else ():
+    if profile is None or int(os.environ.get("RANK", "0")):
+        return
+    for note in load_profile(profile).notes(config, world_size=world_size):
         stderr.print(f"note: {note}", highlight=False, markup=False)
 
 

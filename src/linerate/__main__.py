@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from pathlib import Path
 
 # command -> (module, function, one line of help). A function takes the rest of argv, returns the exit code.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -65,9 +66,37 @@ def print_help() -> None:
 
 def fail(message: str) -> int:
     """Print one line on stderr; the exit code of an error that the user can mend."""
-    line = " ".join(message.split())
-    print(f"linerate: error: {line}", file=sys.stderr)
+    say(f"linerate: error: {' '.join(message.split())}")
     return 2
+
+
+def say(line: str) -> None:
+    """Print the line on stderr, unless another of torchrun's ranks on this machine has printed the same."""
+    if is_first_to_say(line):
+        print(line, file=sys.stderr)
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other of torchrun's ranks on this machine has said so; a rank may repeat itself.
+
+    Eight ranks meet one error eight times; what one of them meets alone is its own to say. They leave a mark
+    in the folder that torchrun makes for each start of its ranks, so none waits for another.
+    """
+    import hashlib
+
+    own_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent
+    rank = os.environ.get("LOCAL_RANK")
+    if own_folder.name != rank:
+        return True
+    mark = own_folder.parent / f"linerate-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+    try:
+        # A link has its content from its beginning: nobody reads a mark that is half written.
+        mark.symlink_to(rank)
+    except FileExistsError:
+        return str(mark.readlink()) == rank
+    except OSError:
+        return True
+    return True
 
 
 def let_threads_sleep() -> None:
@@ -106,7 +135,7 @@ def run_command(argv: list[str]) -> int:
             raise
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print(f"linerate: interrupted; {after_interrupt(argv)}", file=sys.stderr)
+        say(f"linerate: interrupted; {after_interrupt(argv)}")
         return 130
 
 

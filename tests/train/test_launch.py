@@ -172,6 +172,20 @@ def test_torchrun_runs_the_command_on_two_ranks(shards: Catalog, tmp_path: Path)
     assert RunFolder(tmp_path / "run").load_log("note") == []
 
 
+def test_torchruns_ranks_say_their_common_error_once_and_exit_with_2() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "linerate", "trian"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.stderr.count("linerate: error: there is no command `trian`") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
 def test_a_launcher_that_starts_what_it_was_asked_for_is_not_remarked_on() -> None:
     asked = ["python", "/usr/bin/accelerate", "launch", "--num_processes=2", "-m", "linerate"]
     assert launch_note(2, command=asked) is None
