@@ -25,7 +25,7 @@ class Alarm:
     """Something that people should look at."""
 
     name: str
-    """chance-loss, bn-cheating, still-queue, collapse or data-wait."""
+    """chance-loss, bn-cheating, still-queue, collapse, data-wait or no-knn."""
     text: str
     """The figures, and what to do."""
 
@@ -136,6 +136,11 @@ class Alarms:
                 "encoder may tell keys by their BN group; --shuffle, or a larger --num-keys",
             )
         )
+
+    def after_no_knn(self, why: str) -> Iterator[Alarm]:
+        """The alarm that a kNN gives which failed, if it is the first."""
+        way = "the run goes on and tries again; `linerate eval knn RUN` judges its checkpoints"
+        return self._new(Alarm("no-knn", f"{why}; {way}"))
 
     def _new(self, *found: Alarm | None) -> Iterator[Alarm]:
         for alarm in found:

@@ -16,6 +16,15 @@ from linerate.train.config import Watch
 from linerate.train.evaluate.features import Encode, Split, open_split
 from linerate.train.evaluate.judge import KnnOptions, judge_by_knn
 
+FAILURES = (UserError, OSError, RuntimeError, MemoryError)
+"""What can befall an evaluation without a defect of ours: shards that cannot be read, DALI, no memory."""
+DEFECTS = (NotImplementedError, RecursionError)
+"""RuntimeErrors that are none of these; they end a run, as a TypeError or a KeyError does."""
+
+
+class StopCame(Exception):
+    """The run is to end, and an evaluation with it."""
+
 
 class Stopwatch:
     """Training time since the last lap, and the share of it that the loop stood waiting for the loader.

@@ -36,7 +36,7 @@ from linerate.train.launch import (
     with_lanes,
 )
 from linerate.train.learner import Learner
-from linerate.train.monitor import KnnMonitor, Stopwatch, open_monitor
+from linerate.train.monitor import DEFECTS, FAILURES, KnnMonitor, StopCame, Stopwatch, open_monitor
 from linerate.train.plan import require_one_batch
 from linerate.train.report import OnEvent, Report, Summary
 from linerate.train.run_folder import RunFolder
@@ -331,20 +331,29 @@ class _Run:
         with self.watch.paused(), self.watchdog.paused():
             self.learner.average_bn()
             if self.accelerator.is_main_process:
-                try:
-                    with self.learner.encoding(self.config.watch.knn_features) as encode:
-                        found = monitor.judge(self._unless_stopped(encode))
-                    self.report.tell_knn(self.step, found, epoch=epochs_done)
-                except UserError as error:
-                    self._emit("note", text=f"no kNN after epoch {epochs_done}: {error}")
+                self._judge_here(monitor, epochs_done)
             self.accelerator.wait_for_everyone()
+
+    def _judge_here(self, monitor: KnnMonitor, epochs_done: int) -> None:
+        """A monitor that fails is told of and ends no run, unless by a defect of ours."""
+        try:
+            with self.learner.encoding(self.config.watch.knn_features) as encode:
+                found = monitor.judge(self._unless_stopped(encode))
+        except StopCame as stop:
+            self._emit("note", text=f"no kNN after epoch {epochs_done}: {stop}")
+        except DEFECTS:
+            raise
+        except FAILURES as error:
+            self.report.tell_no_knn(self.step, error, epoch=epochs_done)
+        else:
+            self.report.tell_knn(self.step, found, epoch=epochs_done)
 
     def _unless_stopped(self, encode: Encode) -> Encode:
         """kNN of a large set takes minutes: a job that is to end has other use for them."""
 
         def checked(images: Tensor) -> Tensor:
             if self.stop.signal is not None:
-                raise UserError(f"{self.stop.signal.name} came")
+                raise StopCame(f"{self.stop.signal.name} came")
             return encode(images)
 
         return checked

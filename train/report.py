@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
 
+from linerate.shards.errors import UserError
 from linerate.train.alarms import Alarm, Alarms
 from linerate.train.config import TrainConfig
 from linerate.train.run_folder import Damage, RunFolder
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+WORDS_LIMIT = 300
+"""Characters of an error that a line of the log shows; its traceback has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,19 @@ class Report:
         self.emit("knn", step=step, epoch=epoch, **found)
         self._tell(step, self._alarms.after_knn(found["knn_top1"]))
 
+    def tell_no_knn(self, step: int, error: Exception, *, epoch: int) -> None:
+        """A monitor that failed: an alarm at first, a note afterwards; the log has the traceback, too."""
+        why, about = f"no kNN after epoch {epoch}: {error}", {}
+        if not isinstance(error, UserError):
+            # DALI's own words go over many lines.
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = f"no kNN after epoch {epoch}: {words[:WORDS_LIMIT]}"
+            about = {"traceback": "".join(traceback.format_exception(error))}
+        new = list(self._alarms.after_no_knn(why))
+        self._tell(step, new, **about)
+        if not new:
+            self.emit("note", step=step, text=why, **about)
+
     def tell_given_up(self, step: int, switches: Mapping[str, str]) -> None:
         """Switches that are off after all, each once. switches: name -> why."""
         for name, why in switches.items():
@@ -116,6 +133,6 @@ class Report:
                 self.given_up.append(text)
                 self.emit("note", step=step, text=text)
 
-    def _tell(self, step: int, alarms: Iterable[Alarm]) -> None:
+    def _tell(self, step: int, alarms: Iterable[Alarm], **fields: Any) -> None:
         for alarm in alarms:
-            self.emit("alarm", step=step, alarm=alarm.name, text=alarm.text, fatal=False)
+            self.emit("alarm", step=step, alarm=alarm.name, text=alarm.text, fatal=False, **fields)

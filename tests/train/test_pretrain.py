@@ -26,7 +26,9 @@ from linerate.train import run_folder as run_folder_module
 from linerate.train import stop as stop_module
 from linerate.train.checkpoint import list_checkpoints, load_checkpoint, load_encoder, load_trained
 from linerate.train.config import Dictionary, Model, Optim, Schedule, Speed, TrainConfig
+from linerate.train.evaluate.features import Encode
 from linerate.train.learner import Learner
+from linerate.train.monitor import KnnMonitor
 from linerate.train.pretrain import Summary, pretrain
 from linerate.train.run_folder import RunFolder
 
@@ -288,21 +290,69 @@ def test_a_damaged_sample_is_replaced_counted_and_written_with_its_key(
     assert summary.bad_sample_logs == (str(run / "bad_samples-rank00000.jsonl"),)
 
 
+def _no_knn(run: Path) -> list[dict[str, Any]]:
+    return [line for line in RunFolder(run).load_log("alarm") if line["alarm"] == "no-knn"]
+
+
 def test_a_monitor_that_cannot_read_stops_no_run(shards: Catalog, tmp_path: Path) -> None:
     copy = Catalog.load(shutil.copytree(shards.root, tmp_path / "test"))
     for path in copy.root.glob("*.tar"):
         path.write_bytes(b"")
-    notes: list[str] = []
-
-    def take(event: Mapping[str, Any]) -> None:
-        if event["event"] == "note":
-            notes.append(event["text"])
-
     config = small(knn_epochs=3, knn_train=str(shards.root), knn_test=str(copy.root))
-    summary = pretrain(config, shards=shards.root, run_dir=tmp_path / "run", on_event=take)
+    summary = pretrain(config, shards=shards.root, run_dir=tmp_path / "run")
     assert summary.finished
     assert summary.knn_top1 is None
-    assert "no kNN after epoch 3: cannot read sample" in notes[-1]
+    assert "no-knn" in summary.alarms
+    (alarm,) = _no_knn(tmp_path / "run")
+    assert "no kNN after epoch 3: cannot read sample" in alarm["text"]
+    assert "traceback" not in alarm
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, *errors: Exception | None) -> None:
+    """Have each evaluation end so, after some images went through the encoder; None: as it does."""
+    judge, left = KnnMonitor.judge, iter(errors)
+
+    def failing(monitor: KnnMonitor, encode: Encode) -> dict[str, Any]:
+        error = next(left)
+        if error is None:
+            return judge(monitor, encode)
+        encode(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+        raise error
+
+    monkeypatch.setattr(KnnMonitor, "judge", failing)
+
+
+def test_a_monitor_that_fails_is_told_of_and_leaves_the_training_as_it_was(
+    whole: tuple[Path, Summary, list[Any]],
+    shards: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many_lines = "Error in CPU operator\nencountered:\n" + "somewhere\n" * 99
+    full = OSError(errno.EIO, "Input/output error", "shard.tar")
+    _failing(monkeypatch, RuntimeError(many_lines), full, None)
+    summary = pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path)
+    assert summary.finished
+    assert _losses(tmp_path) == _losses(whole[0])
+    assert "no-knn" in summary.alarms
+    (alarm,) = _no_knn(tmp_path)
+    folder = RunFolder(tmp_path)
+    assert alarm["text"].startswith("no kNN after epoch 1: RuntimeError: Error in CPU operator encountered:")
+    assert len(alarm["text"]) < 500
+    assert many_lines in alarm["traceback"]
+    (note,) = folder.load_log("note")
+    assert note["text"].startswith("no kNN after epoch 2: OSError: [Errno 5] Input/output error: 'shard.tar'")
+    assert [line["epoch"] for line in folder.load_log("knn")] == [3]
+    assert summary.knn_top1 == whole[1].knn_top1
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), NotImplementedError("ours"), KeyError("ours")])
+def test_a_defect_in_the_monitor_ends_the_run(
+    error: Exception, shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _failing(monkeypatch, error)
+    with pytest.raises(type(error), match="ours"):
+        pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path)
 
 
 def _tracked(*trackers: str, iterations: int = 4) -> TrainConfig:
@@ -440,5 +490,6 @@ def test_a_signal_during_knn_ends_it(shards: Catalog, tmp_path: Path) -> None:
 
     summary = pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path, on_event=stop)
     assert (summary.step, summary.knn_top1) == (4, None)
+    assert "no-knn" not in summary.alarms
     notes = [line["text"] for line in RunFolder(tmp_path).load_log("note")]
     assert notes == ["no kNN after epoch 1: SIGTERM came"]
