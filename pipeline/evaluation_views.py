@@ -83,8 +83,7 @@ def open_images(
         raise UserError(f"batch={batch} must be at least 1")
     if backend == "dali":
         # DALI holds whole decoded images of two or three batches, Pillow one a thread.
-        largest = 3 * max(1, catalog.max_height * catalog.max_width)
-        batch = max(1, min(batch, DECODED_BYTES // largest))
+        batch = batch_within(batch, decoded_bytes=3 * catalog.max_height * catalog.max_width)
     wanted = np.arange(catalog.num_samples) if positions is None else np.asarray(positions, dtype=np.int64)
     batches = np.split(wanted, range(batch, len(wanted), batch)) if len(wanted) else []
     make = _by_dali if backend == "dali" else _by_torch
@@ -95,6 +94,11 @@ def open_images(
             _Batches(reader, batches), crop, device=device, num_threads=num_threads or default_num_threads()
         ),
     )
+
+
+def batch_within(batch: int, *, decoded_bytes: int) -> int:
+    """That many images for DALI at a time, or fewer, of that size decoded, that take DECODED_BYTES."""
+    return max(1, min(batch, DECODED_BYTES // max(1, decoded_bytes)))
 
 
 def _closing(reader: ShardReader, images: Iterator[LabelledImages]) -> Iterator[LabelledImages]:

@@ -234,6 +234,7 @@ def _print_recipes(prog: str, usage: str) -> None:
 
 def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> int:
     from linerate.train.memory import estimate_host_memory, estimate_memory
+    from linerate.train.monitor_memory import add_monitor, has_monitor
     from linerate.train.switches import resolve_switches
 
     catalog = open_shards(command.shards, command) if command.shards else None
@@ -245,6 +246,8 @@ def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> i
     memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
     sample = largest_sample(catalog) if catalog else recipe.sample
     host = estimate_host_memory(config, sample, shards, world_size=world_size)
+    if has_monitor(config.watch, catalog):
+        memory, host = add_monitor(memory, host, config, sample, num_samples=plan.num_images)
     switches = resolve_switches(config, world_size=world_size).words()
     cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
     if command.json:

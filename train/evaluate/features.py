@@ -17,6 +17,8 @@ from linerate.pipeline.evaluation_views import CropBackend, LabelledImages, open
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
 
+EVALUATION_BATCH = 256
+"""Images that pass the encoder at once, if DALI decodes as many."""
 Encode = Callable[[Tensor], Tensor]
 """(n, 3, S, S) uint8 images -> (n, D) features, on one device."""
 
@@ -104,7 +106,7 @@ def open_evaluation(
     size: int,
     backend: CropBackend = "dali",
     device: str = "cpu",
-    batch: int = 256,
+    batch: int = EVALUATION_BATCH,
     num_threads: int | None = None,
 ) -> Iterator[LabelledImages]:
     """The images of the samples, each once, in the order of their positions: short side resized, centre."""
@@ -128,7 +130,7 @@ def extract_features(
     size: int,
     backend: CropBackend = "dali",
     device: str = "cpu",
-    batch: int = 256,
+    batch: int = EVALUATION_BATCH,
     num_threads: int | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> tuple[Tensor, Tensor]:
