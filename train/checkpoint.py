@@ -94,7 +94,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, mileston
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            _write_state(_plain_state(checkpoint), file)
+            write_state(_plain_state(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
         write_config(checkpoint.config, path.with_suffix(".json"))
@@ -140,7 +140,7 @@ class _Output:
         self.file.flush()
 
 
-def _write_state(state: dict[str, Any], file: IO[bytes]) -> None:
+def write_state(state: dict[str, Any], file: IO[bytes]) -> None:
     """torch.save, whose RuntimeError after a failed write becomes that write's OSError."""
     output = _Output(file)
     try:

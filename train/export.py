@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import make_parent
-from linerate.train.checkpoint import TrainedEncoder
+from linerate.train.checkpoint import TrainedEncoder, write_state
 from linerate.train.detectron2_names import (
     DETECTRON2_NAMES,
     detectron2_name,
@@ -79,9 +79,9 @@ def export_encoder(trained: TrainedEncoder, *, target: Target, out: Path) -> Exp
     try:
         try:
             _write(weights, temporary, trained, target=target, as_safetensors=as_safetensors)
-        except (OSError, RuntimeError) as error:  # torch's word for a full disk is RuntimeError
-            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"--out {out} cannot be written ({why}); name another") from None
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"--out {out} cannot be written ({why}); name another") from error
         difference = _difference(trained, load(temporary))
         if not difference <= TOLERANCE:  # NaN is no small difference
             raise RuntimeError(f"{target} gives features that differ by {difference:.2e}: a defect of ours")
@@ -159,7 +159,7 @@ def _write(
         path.write_bytes(safetensors.torch.save(weights, metadata={**about, "step": str(trained.step)}))
     else:
         with path.open("wb") as file:
-            torch.save(weights, file)
+            write_state(weights, file)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 import dataclasses
 import math
 import pickle
+import resource
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from linerate.train.checkpoint import TrainedEncoder, TrainedOn
 from linerate.train.config import Model
 from linerate.train.detectron2_names import expected_shapes, load_detectron2, write_detectron2
 from linerate.train.encoder import build_encoder
-from linerate.train.export import export_encoder
+from linerate.train.export import Target, export_encoder
 
 
 def _trained(name: str, *, stem: str = "imagenet", head: str = "linear", size: int = 32) -> TrainedEncoder:
@@ -128,6 +130,46 @@ def test_what_a_library_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         export_encoder(_trained(name, stem=stem), target=target, out=tmp_path / out)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def file_limit() -> Iterator[None]:
+    """No file of this process grows beyond 100 kB, as on a disk that fills up."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+TARGETS = pytest.mark.parametrize(
+    ("target", "name"),
+    [("timm", "r.pth"), ("timm", "r.safetensors"), ("safetensors", "r.safetensors"), ("detectron2", "r.pkl")],
+)
+
+
+@TARGETS
+@pytest.mark.usefixtures("file_limit")
+def test_a_disk_that_fills_up_is_an_error_of_out_with_its_cause(
+    target: Target, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"{name} cannot be written \(File too large\); name another"):
+        export_encoder(_trained("resnet18"), target=target, out=tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@TARGETS
+def test_what_goes_wrong_before_the_writing_is_not_taken_for_a_disk_s_fault(
+    target: Target, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("a tensor of another kind")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(safetensors.torch, "save", refuse)
+    monkeypatch.setattr(pickle, "dump", refuse)
+    with pytest.raises(RuntimeError, match="a tensor of another kind"):
+        export_encoder(_trained("resnet18"), target=target, out=tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
