@@ -36,10 +36,7 @@ def crop_windows(
     crop: CentreCrop, height: npt.NDArray[np.int64], width: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """(N, 4) top, left, bottom and right of each crop, in pixels of the image as it is stored."""
-    windows = np.empty((len(height), 4))
-    for row, (stored_height, stored_width) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
-        resized_height, resized_width, top, left = crop.place(stored_height, stored_width)
-        windows[row, 0::2] = top, top + crop.size
-        windows[row, 1::2] = left, left + crop.size
-        windows[row] *= np.array([stored_height / resized_height, stored_width / resized_width] * 2)
-    return windows.astype(np.float32)
+    resized_height, resized_width, top, left = crop.place(height, width)
+    down, across = height / resized_height, width / resized_width
+    edges = (top * down, left * across, (top + crop.size) * down, (left + crop.size) * across)
+    return np.stack(edges, axis=1).astype(np.float32)

@@ -129,7 +129,7 @@ class _Batches:
 def centre_crop(jpeg: NDArray[np.uint8], crop: CentreCrop) -> NDArray[np.uint8]:
     """(size, size, 3) uint8: the image's short side brought to crop.resize, its centre cut out."""
     image = decode_rgb(jpeg)
-    height, width, top, left = crop.place(*image.shape[:2])
+    height, width, top, left = map(int, crop.place(*np.array(image.shape[:2])))
     if image.shape[:2] != (height, width):
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     return image[top : top + crop.size, left : left + crop.size]

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from linerate.shards.errors import UserError
 from linerate.shards.terminal import nearest
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +117,15 @@ class CentreCrop:
         if not 1 <= self.size <= self.resize:
             raise UserError(f"size={self.size}, resize={self.resize} must obey 1 <= size <= resize")
 
-    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Height and width of the resized image, and the crop's top and left in it, as torchvision rounds."""
-        short, long = sorted((height, width))
-        height, width = (
-            self.resize if side == short else self.resize * long // short for side in (height, width)
-        )
-        return height, width, round((height - self.size) / 2), round((width - self.size) / 2)
+    def place(self, height: Ints, width: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Height and width of each resized image, and the crop's top and left in it, as torchvision rounds.
+
+        height, width: (N,), or 0-d of one image, as is what comes back.
+        """
+        short = np.minimum(height, width)
+        height, width = (self.resize * side // short for side in (height, width))
+        top, left = (np.rint((side - self.size) / 2).astype(np.int64) for side in (height, width))
+        return height, width, top, left
 
 
 def v1(*, size: int = 224) -> ViewRecipe:
