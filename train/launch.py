@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,12 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from linerate.pipeline.cores import default_num_threads, usable_cores
-from linerate.shards.errors import UserError
 from linerate.train.config import Speed, TrainConfig
-from linerate.train.config_json import to_plain
 from linerate.train.switches import resolve_precision
-
-TRACKERS = ("tensorboard", "wandb")
+from linerate.train.trackers import require_trackers
 
 
 @contextlib.contextmanager
@@ -68,52 +63,6 @@ def open_autocast(
         return partial(torch.autocast, accelerator.device.type, torch.float16)
     opened: Callable[[], contextlib.AbstractContextManager[object]] = accelerator.autocast
     return opened
-
-
-def require_trackers(names: tuple[str, ...]) -> None:
-    """Raise UserError where there is no such tracker, or its package is not installed."""
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"trackers={name} is not there; there are {', '.join(TRACKERS)}")
-        # accelerate leaves a tracker out in silence where its package is missing.
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"trackers={name} needs the package {name}: pip install {name}")
-
-
-def start_trackers(accelerator: Accelerator, config: TrainConfig, *, run_dir: Path, done_steps: int) -> None:
-    """Open the trackers, with the config as their flat table of numbers and words.
-
-    A resumed run goes on in the same ones: TensorBoard hides what was logged after done_steps, and the run of
-    Weights & Biases is found by the id that RUN/wandb-id.txt keeps. WANDB_MODE and the like are its own.
-    """
-    if not config.watch.trackers:
-        return
-    plain = to_plain(config)
-    flat: dict[str, object] = {}
-    for part in ("views", "model", "dictionary", "loss", "bn", "optim", "schedule"):
-        flat |= {f"{part}.{name}": value for name, value in plain[part].items()}
-    scalars = {k: v for k, v in flat.items() if isinstance(v, int | float | str | bool)}
-    # One name for both: TensorBoard's folder in the run, and the project on the server.
-    project = (
-        os.environ.get("WANDB_PROJECT", "linerate") if "wandb" in config.watch.trackers else "tensorboard"
-    )
-    init: dict[str, dict[str, object]] = {"tensorboard": {"purge_step": done_steps + 1}}
-    if "wandb" in config.watch.trackers:
-        init["wandb"] = {
-            "id": _wandb_id(run_dir),
-            "resume": "allow",
-            "name": run_dir.name,
-            "dir": str(run_dir),
-        }
-    accelerator.init_trackers(project, config=scalars | {"recipe": config.recipe}, init_kwargs=init)
-
-
-def _wandb_id(run_dir: Path) -> str:
-    """The id of this run at Weights & Biases: drawn once, then kept beside the log."""
-    path = run_dir / "wandb-id.txt"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def describe_device(accelerator: Accelerator, speed: Speed) -> str:

@@ -32,7 +32,6 @@ from linerate.train.launch import (
     loader_threads,
     open_accelerator,
     parent_command,
-    start_trackers,
     with_lanes,
 )
 from linerate.train.learner import Learner
@@ -42,6 +41,7 @@ from linerate.train.report import OnEvent, Report, Summary
 from linerate.train.run_folder import RunFolder
 from linerate.train.schedules import ema_momentum_at, lr_at, total_steps
 from linerate.train.stop import LEAVE_S, StopRequest, stop_on_signals
+from linerate.train.trackers import finish_trackers, start_trackers
 from linerate.train.watchdog import Watchdog
 
 __all__ = ["OnEvent", "Summary", "pretrain"]
@@ -78,6 +78,7 @@ def pretrain(
             return run.summary()
         finally:
             run.loader.close()
+            finish_trackers(accelerator)
             accelerator.end_training()
 
 

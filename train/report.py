@@ -10,13 +10,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from linerate.shards.errors import UserError
+from linerate.shards.inspect_image import one_line
 from linerate.train.alarms import Alarm, Alarms
 from linerate.train.config import TrainConfig
 from linerate.train.run_folder import Damage, RunFolder
 
 OnEvent = Callable[[Mapping[str, Any]], None]
-WORDS_LIMIT = 300
-"""Characters of an error that a line of the log shows; its traceback has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +93,21 @@ class Report:
             return
         event = {"event": kind, "step": step, **fields}
         self._folder.append(event)
-        if self._trackers and kind in ("step", "knn"):
-            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
-            self._accelerator.log(numbers, step=step)
         if self._on_event is not None:
             self._on_event(event)
+        if self._trackers and kind in ("step", "knn"):
+            self._track({k: v for k, v in fields.items() if isinstance(v, int | float)}, step)
+
+    def _track(self, numbers: dict[str, float], step: int) -> None:
+        try:
+            self._accelerator.log(numbers, step=step)
+        except Exception as error:  # of any kind: it is theirs
+            self._trackers = False
+            self.emit(
+                "note",
+                step=step,
+                text=f"trackers off ({type(error).__name__}: {one_line(error)}); log.jsonl goes on",
+            )
 
     def tell_steps(self, step: int, means: Mapping[str, float], *, steps: int, **fields: Any) -> None:
         """A line of the log, with the alarms that it gives. means: over that many steps."""
@@ -116,9 +125,9 @@ class Report:
         """A monitor that failed: an alarm at first, a note afterwards; the log has the traceback, too."""
         why, about = f"no kNN after epoch {epoch}: {error}", {}
         if not isinstance(error, UserError):
-            # DALI's own words go over many lines.
-            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            why = f"no kNN after epoch {epoch}: {words[:WORDS_LIMIT]}"
+            # DALI tells first where in its graph, then what it encountered.
+            *_, words = str(error).rpartition("encountered:")
+            why = f"no kNN after epoch {epoch}: {type(error).__name__}: {' '.join(words.split())[:300]}"
             about = {"traceback": "".join(traceback.format_exception(error))}
         new = list(self._alarms.after_no_knn(why))
         self._tell(step, new, **about)

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from linerate.shards.catalog import Catalog
-from linerate.shards.errors import UserError
-from linerate.train import launch as launch_module
 from linerate.train.checkpoint import load_checkpoint, load_newest
 from linerate.train.cli import main_train
-from linerate.train.launch import launch_note, require_trackers
+from linerate.train.launch import launch_note
 from linerate.train.run_folder import RunFolder
 
 FLAGS = [
@@ -58,7 +56,6 @@ import torch
 from linerate.__main__ import main
 from linerate.train import checkpoint, pretrain
 from linerate.train.learner import Learner
-from linerate.train.launch import launch_note, require_trackers
 from linerate.train.run_folder import RunFolder
 
 def deadly(owner, name):
@@ -193,11 +190,3 @@ def test_a_launcher_that_starts_what_it_was_asked_for_is_not_remarked_on() -> No
     assert launch_note(1, command=[word.replace("=2", "=1") for word in asked]) is None
     assert launch_note(1, command=["bash", "train.sh", "--num_processes", "2"]) is None
     assert launch_note(1, command=[]) is None
-
-
-def test_a_tracker_whose_package_is_missing_is_told_with_the_way_to_get_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launch_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="trackers=wandb needs the package wandb: pip install wandb"):
-        require_trackers(("wandb",))

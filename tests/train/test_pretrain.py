@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.train.small import SMALL, small
 
 from linerate.pipeline.cores import usable_cores
@@ -328,7 +327,7 @@ def test_a_monitor_that_fails_is_told_of_and_leaves_the_training_as_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    many_lines = "Error in CPU operator\nencountered:\n" + "somewhere\n" * 99
+    many_lines = "Error in CPU operator\n" * 99 + "encountered:\n" + "no memory\n" * 99
     full = OSError(errno.EIO, "Input/output error", "shard.tar")
     _failing(monkeypatch, RuntimeError(many_lines), full, None)
     summary = pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path)
@@ -337,7 +336,7 @@ def test_a_monitor_that_fails_is_told_of_and_leaves_the_training_as_it_was(
     assert "no-knn" in summary.alarms
     (alarm,) = _no_knn(tmp_path)
     folder = RunFolder(tmp_path)
-    assert alarm["text"].startswith("no kNN after epoch 1: RuntimeError: Error in CPU operator encountered:")
+    assert alarm["text"].startswith("no kNN after epoch 1: RuntimeError: no memory no memory")
     assert len(alarm["text"]) < 500
     assert many_lines in alarm["traceback"]
     (note,) = folder.load_log("note")
@@ -353,51 +352,6 @@ def test_a_defect_in_the_monitor_ends_the_run(
     _failing(monkeypatch, error)
     with pytest.raises(type(error), match="ours"):
         pretrain(small(knn_epochs=1), shards=shards.root, run_dir=tmp_path)
-
-
-def _tracked(*trackers: str, iterations: int = 4) -> TrainConfig:
-    return dataclasses.replace(
-        small(trackers=trackers), schedule=Schedule(epochs=None, iterations=iterations)
-    )
-
-
-def _stop_at_two(event: Mapping[str, Any]) -> None:
-    if event["event"] == "step" and event["step"] == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_the_log_goes_to_tensorboard_too_and_a_resumed_run_goes_on_there(
-    shards: Catalog, tmp_path: Path
-) -> None:
-    config = _tracked("tensorboard")
-    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
-    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [scalar.step for scalar in found.Scalars("loss")] == [1, 2, 3, 4]
-    assert [scalar.value for scalar in found.Scalars("loss")] == pytest.approx(_losses(tmp_path))
-    (parameters, *_) = (tmp_path / "tensorboard").glob("*/hparams.yml")
-    assert "optim.lr: 0.05" in parameters.read_text()
-
-
-def test_the_log_goes_to_wandb_too_and_a_resumed_run_goes_on_there(
-    shards: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: its tracker stays untested")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = _tracked("tensorboard", "wandb")
-    pretrain(config, shards=shards.root, run_dir=tmp_path, on_event=_stop_at_two)
-    identity = (tmp_path / "wandb-id.txt").read_text().strip()
-    pretrain(config, shards=shards.root, run_dir=tmp_path, resume=True)
-    assert (tmp_path / "wandb-id.txt").read_text().strip() == identity
-    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
-    assert len({path.parent for path in runs}) == 2
-    assert sum(b"pretext_top1" in path.read_bytes() for path in runs) == 2
-
-
-def test_a_tracker_that_is_not_there_is_refused(shards: Catalog, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are tensorboard, wandb"):
-        pretrain(small(trackers=("tensorbord",)), shards=shards.root, run_dir=tmp_path)
 
 
 def _in(precision: Any, config: TrainConfig) -> TrainConfig:
