@@ -1,4 +1,4 @@
-"""`linerate train`, `linerate eval` and `linerate export`: words to configs, results to the screen."""
+"""`linerate train` and `linerate eval`: words to configs, results to the screen."""
 
 from __future__ import annotations
 
@@ -9,31 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from linerate.pipeline.cache import (
-    CacheOptions,
-    ShardCache,
-    cache_need,
-    lanes_here,
-    open_shards,
-    require_room,
-)
-from linerate.pipeline.host_memory import SampleSize, largest_sample
-from linerate.pipeline.order import DEFAULT_WINDOW_SHARDS
-from linerate.shards.catalog import Catalog
-from linerate.shards.errors import UserError, show_bytes
+from linerate.pipeline.cache import CacheOptions, open_shards
+from linerate.shards.errors import UserError
 from linerate.shards.terminal import dispatch, emit_json, parse_args, stderr
 from linerate.train.config import TrainConfig
 from linerate.train.evaluate.classifier_cli import main_finetune, main_linear
 from linerate.train.evaluate.cli import main_knn
 from linerate.train.evaluate.detect.cli import main_detect
-from linerate.train.plan import ShardTable, memory_rows, plan_rows, plan_run, require_one_batch
-from linerate.train.recipes import RECIPES, Recipe, decide_lr, find_recipe
+from linerate.train.plan import require_one_batch
+from linerate.train.recipes import RECIPES, decide_lr, find_recipe
 from linerate.train.speed_profile import load_profile
 from linerate.train.stop import exit_code
 
@@ -93,7 +83,16 @@ def main_train(argv: list[str]) -> int:
             f"--ranks {command.ranks} is for --dry-run; torchrun --nproc-per-node {command.ranks} starts them"
         )
     if command.dry_run:
-        return _dry_run(command, config, recipe=find_recipe(argv[0]))
+        from linerate.train.dry_run import dry_run
+
+        return dry_run(
+            config,
+            recipe=find_recipe(argv[0]),
+            shards=command.shards,
+            cache=command,
+            world_size=_world_size(command),
+            json=command.json,
+        )
     if command.shards is None or command.run is None:
         missing = "--shards" if command.shards is None else "--run"
         raise UserError(f"{missing} is missing: linerate train {argv[0]} --shards FOLDER --run FOLDER")
@@ -232,94 +231,12 @@ def _print_recipes(prog: str, usage: str) -> None:
     console.print(f"\n`{prog} RECIPE --help` lists the flags with the recipe's values.")
 
 
-def _dry_run(command: TrainCommand, config: TrainConfig, *, recipe: Recipe) -> int:
-    from linerate.train.memory import estimate_host_memory, estimate_memory
-    from linerate.train.monitor_memory import add_monitor, has_monitor
-    from linerate.train.switches import resolve_switches
-
-    catalog = open_shards(command.shards, command) if command.shards else None
-    if catalog is None and recipe.num_images is None:
-        raise UserError(f"{config.recipe} is for no particular data set; name one with --shards")
-    shards = ShardTable.of(catalog) if catalog else ShardTable.nominal(recipe.num_images or 0, recipe.sample)
-    world_size = _world_size(command)
-    plan = plan_run(config, shards, world_size=world_size)
-    memory = estimate_memory(config, rank_batch=plan.rank_batch, num_samples=plan.num_images)
-    sample = largest_sample(catalog) if catalog else recipe.sample
-    host = estimate_host_memory(config, sample, shards, world_size=world_size)
-    if has_monitor(config.watch, catalog):
-        memory, host = add_monitor(memory, host, config, sample, num_samples=plan.num_images)
-    switches = resolve_switches(config, world_size=world_size).words()
-    cache = cache_plan(catalog, config, world_size=world_size) if catalog and catalog.bring else None
-    if command.json:
-        from linerate.train.config_json import to_plain
-
-        result = {
-            "plan": dataclasses.asdict(plan),
-            "memory_bytes": memory,
-            "host_memory_bytes": host,
-            "host_memory_of": dataclasses.asdict(sample),
-            "chance_loss": config.chance_loss,
-            "idle_fields": config.idle_fields(),
-            "switches": switches,
-            "config": to_plain(config),
-        }
-        emit_json({**result, "cache": cache} if cache else result)
-        return 0
-    table = Table(title=f"{config.recipe}: the plan", title_justify="left", show_header=False)
-    device = [*memory_rows(memory, of="device"), ("device is", _precision_note(config))]
-    for name, value in [*plan_rows(plan), *device, *_host_rows(host, catalog, sample)]:
-        table.add_row(name, value)
-    if cache:
-        need, budget = show_bytes(cache["need_bytes"]), show_bytes(cache["budget_bytes"])
-        table.add_row("shard cache", f"{need} at a time on this machine, --cache-bytes {budget}")
-    for name, state in switches.items():
-        table.add_row(name, state)
-    for line in config.idle_fields():
-        table.add_row("does nothing here", line)
-    Console().print(table)
-    return 0
-
-
 def _world_size(command: TrainCommand) -> int:
     if command.ranks is None:
         return int(os.environ.get("WORLD_SIZE", "1"))
     if command.ranks < 1:
         raise UserError(f"--ranks {command.ranks} is no number of processes; give 1 or more")
     return command.ranks
-
-
-def _precision_note(config: TrainConfig) -> str:
-    """What the activations were counted in: a plan is often made where there is no GPU."""
-    from linerate.train.switches import resolve_precision
-
-    told = f"a rank's, activations in {resolve_precision(config.speed)}"
-    if config.speed.precision == "auto":
-        told += ", as on this machine; --precision fp32 or bf16 (what a GPU takes) plans for another"
-    return told
-
-
-def _host_rows(
-    host: dict[str, int] | None, catalog: Catalog | None, sample: SampleSize
-) -> list[tuple[str, str]]:
-    """What the loader takes of a rank's host memory, and what was assumed."""
-    if host is None:
-        return [("host", "not foreseen: the backend has a pipeline of its own")]
-    if catalog is None:
-        each = f"{sample.pixels:,} pixels in {show_bytes(sample.num_bytes)}"
-        assumed = f"if every image had {each}, the mean of the recipe's own data set"
-    else:
-        height, width, size = catalog.max_height, catalog.max_width, show_bytes(catalog.max_sample_bytes)
-        assumed = f"at most: batches of nothing but {width} x {height} pixels in {size}, the catalog's maxima"
-    return [*memory_rows(host, of="host"), ("host is", f"a rank's loader, {assumed}")]
-
-
-def cache_plan(catalog: Catalog, config: TrainConfig, *, world_size: int) -> dict[str, int]:
-    """What this machine's ranks read at a time and what the cache may hold, which must not be less."""
-    lanes = lanes_here(config.lanes, world_size=world_size)
-    require_room(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
-    assert isinstance(catalog.bring, ShardCache)
-    need = cache_need(catalog, num_lanes=lanes, window_shards=DEFAULT_WINDOW_SHARDS)
-    return {"need_bytes": need, "budget_bytes": catalog.bring.budget}
 
 
 def _train(command: TrainCommand, config: TrainConfig, *, shards: str, run: Path) -> int:
@@ -369,36 +286,3 @@ def main_eval(argv: list[str]) -> int:
         "detect": (main_detect, "fine-tune on boxes, masks, keypoints or segments of VOC and COCO; AP, mIoU"),
     }
     return dispatch(commands, argv, prog="linerate eval")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportCommand:
-    """Write the query encoder for another library, with a model card; checked by loading it there."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one checkpoint of it."""
-    to: Literal["torchvision", "timm", "detectron2", "safetensors"]
-    """The library: its names and its layout; safetensors keeps ours, with the head."""
-    out: Path
-    """File to write; its model card is beside it, OUT.md."""
-    json: bool = False
-    """One JSON object on stdout instead of a table."""
-
-
-def main_export(argv: list[str]) -> int:
-    """`linerate export RUN --to torchvision|timm|detectron2|safetensors --out FILE`."""
-    command = parse_args(ExportCommand, argv, prog="linerate export")
-
-    from linerate.train.checkpoint import load_trained
-    from linerate.train.export import export_encoder
-
-    report = export_encoder(load_trained(command.run), target=command.to, out=command.out)
-    result = dataclasses.asdict(report)
-    if command.json:
-        emit_json(result)
-        return 0
-    table = Table(title=f"{command.run} for {command.to}", title_justify="left", show_header=False)
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
-    return 0

@@ -1,16 +1,50 @@
-"""`linerate import`: weights from elsewhere become a run."""
+"""`linerate export` and `linerate import`: weights for other libraries, and from elsewhere as a run."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from linerate.shards.terminal import emit_json, parse_args
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write the query encoder for another library, with a model card; checked by loading it there."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one checkpoint of it."""
+    to: Literal["torchvision", "timm", "detectron2", "safetensors"]
+    """The library: its names and its layout; safetensors keeps ours, with the head."""
+    out: Path
+    """File to write; its model card is beside it, OUT.md."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+
+
+def main_export(argv: list[str]) -> int:
+    """`linerate export RUN --to torchvision|timm|detectron2|safetensors --out FILE`."""
+    command = parse_args(ExportCommand, argv, prog="linerate export")
+
+    from linerate.train.checkpoint import load_trained
+    from linerate.train.export import export_encoder
+
+    report = export_encoder(load_trained(command.run), target=command.to, out=command.out)
+    result = dataclasses.asdict(report)
+    if command.json:
+        emit_json(result)
+        return 0
+    table = Table(title=f"{command.run} for {command.to}", title_justify="left", show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)

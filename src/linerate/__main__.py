@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "tune": ("linerate.bench.tune_cli", "main", "find the fastest switches of a recipe on this machine"),
     "eval": ("linerate.train.cli", "main_eval", "judge an encoder: knn, linear, finetune, detect"),
     "export": (
-        "linerate.train.cli",
+        "linerate.train.weights_cli",
         "main_export",
         "write the encoder for torchvision, timm, detectron2, ...",
     ),
