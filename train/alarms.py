@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from linerate.train.config import Watch
 from linerate.train.key_queue import KeyQueue
-from linerate.train.step import MoCo
+from linerate.train.moco import MoCo
 
 
 @dataclass(frozen=True)

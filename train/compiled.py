@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from linerate.train.moco import MoCo
 from linerate.train.optimizers import FusedSgd
-from linerate.train.step import MoCo
 
 
 def compile_step(

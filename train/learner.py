@@ -24,10 +24,11 @@ from linerate.train.key_queue import KeyQueue
 from linerate.train.key_stream import KeyStream
 from linerate.train.launch import open_autocast, quiet_ddp
 from linerate.train.memory_bank import MemoryBank
+from linerate.train.moco import MoCo
 from linerate.train.negatives import KeyDictionary
 from linerate.train.optimizers import build_optimizer
 from linerate.train.shuffle_bn import KeyShuffle, bn_modules
-from linerate.train.step import MoCo, train_step
+from linerate.train.step import train_step
 from linerate.train.switches import resolve_switches
 
 

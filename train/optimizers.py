@@ -12,7 +12,7 @@ from linerate.shards.errors import UserError
 from linerate.train.config import Optim, Speed
 from linerate.train.ema import ema_update
 from linerate.train.kernels import on_kernels
-from linerate.train.step import MoCo
+from linerate.train.moco import MoCo
 
 
 def build_optimizer(
