@@ -21,7 +21,7 @@ import torch
 from linerate.bench.machine import noise, probe
 from linerate.bench.suites.pipeline import Stages
 from linerate.bench.timing import MIN_ROUNDS, Interval, Side, interleave, paired_ratio
-from linerate.bench.tune_ranks import Ranks
+from linerate.bench.tune_ranks import RankFailed, Ranks
 from linerate.pipeline.cores import default_num_threads
 from linerate.shards.catalog import Catalog
 from linerate.shards.errors import UserError
@@ -150,10 +150,9 @@ def _fitting(
     trials: list[Trial] = []
     for size in sizes:
         fitted = _with(config, "micro_batch", None if size == batch else size)
-        found = [why for why in ranks.gather(_overflow(fitted, catalog, ranks=ranks)) if why]
-        if not found:
+        why = _overflow(fitted, catalog, ranks=ranks)
+        if why is None:
             return fitted, trials
-        (why, *_) = found
         trials.append(Trial(name="micro_batch", value=size, part="step", ratio=None, kept=False, why=why))
         on_trial(trials[-1])
     raise UserError(
@@ -163,22 +162,31 @@ def _fitting(
 
 
 def _overflow(config: TrainConfig, catalog: Catalog, *, ranks: Ranks) -> str | None:
-    """Why a step does not fit the memory of this rank; None: it does."""
+    """Why a step does not fit the memory of some rank; None: it does. The same on every rank."""
+    # First by count, on every rank: no step may begin that one of them would not take part in.
+    counted = [why for why in ranks.gather(_counted_overflow(config, catalog, ranks=ranks)) if why]
+    if counted:
+        return counted[0]
+    if not torch.cuda.is_available():
+        return None
+    try:
+        with (
+            ranks.together(f"micro_batch = {config.speed.micro_batch}"),
+            contextlib.closing(Stages(config, catalog)) as stages,
+        ):
+            stages.first_losses(1)
+    except RankFailed as failed:
+        return str(failed)
+    return None
+
+
+def _counted_overflow(config: TrainConfig, catalog: Catalog, *, ranks: Ranks) -> str | None:
     batch, device = config.rank_batch(ranks.world_size), "cuda" if torch.cuda.is_available() else "cpu"
     need = estimate_memory(config, rank_batch=batch, num_samples=catalog.num_samples)["total"]
     if device == "cpu":
         need *= ranks.on_machine
-    if need > (room := free_bytes(torch.device(device))):
-        return f"needs {need / 2**30:,.1f} GiB, {room / 2**30:,.1f} are free"
-    if not torch.cuda.is_available():
-        return None
-    try:
-        with contextlib.closing(Stages(config, catalog)) as stages:
-            stages.first_losses(1)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return f"needs more than the {room / 2**30:,.1f} GiB that are free"
-    return None
+    room = free_bytes(torch.device(device))
+    return f"needs {need / 2**30:,.1f} GiB, {room / 2**30:,.1f} are free" if need > room else None
 
 
 def _try(
@@ -196,14 +204,14 @@ def _try(
     other = _with(best, name, value)
     refused, ratio = None, None
     try:
-        # One rank's refusal holds for all, before any of them times a step that needs the others.
-        told = ranks.gather(_refusal(best, other, catalog, name, part, ranks=ranks))
-        refused = next((why for why in told if why is not None), None)
-        if refused is None:
-            _, ratio = _time(other, best, catalog, part, budget_s=budget_s, rounds=rounds, ranks=ranks)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        refused, ratio = "does not fit the memory", None
+        with ranks.together(f"{name} = {value}"):
+            # One rank's refusal holds for all, before any of them times a step that needs the others.
+            told = ranks.gather(_refusal(best, other, catalog, name, part, ranks=ranks))
+            refused = next((why for why in told if why is not None), None)
+            if refused is None:
+                _, ratio = _time(other, best, catalog, part, budget_s=budget_s, rounds=rounds, ranks=ranks)
+    except RankFailed as failed:
+        refused, ratio = str(failed), None
     kept = ratio is not None and ratio.low > 1.0 and ratio.median >= LEAST_GAIN
     why = "faster: kept" if kept else "slower" if ratio and ratio.high < 1.0 else "no clear gain"
     return ranks.agree(Trial(name=name, value=value, part=part, ratio=ratio, kept=kept, why=refused or why))

@@ -1,16 +1,22 @@
-"""What the ranks of one tuning tell each other between two measurements: on the host, outside every clock."""
+"""What the ranks of one tuning tell each other between two measurements: on the host, outside every clock.
+
+Every exchange also tells whether a rank ran out of memory: then it ends on all ranks at once, by RankFailed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from linerate.bench.timing import Seconds, synchronize
@@ -18,6 +24,20 @@ from linerate.train.config import TrainConfig
 from linerate.train.launch import open_accelerator
 
 ValueT = TypeVar("ValueT")
+
+PATIENCE_S = 60.0
+"""How long a rank out of memory waits for the others to hear of it, before it ends."""
+
+
+class RankFailed(Exception):
+    """A rank ran out of memory; every rank raises it, each with the same words."""
+
+
+@dataclass(frozen=True)
+class _OutOfMemory:
+    """What such a rank tells in place of its value."""
+
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -35,12 +55,49 @@ class Ranks:
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
 
     def gather(self, value: ValueT) -> list[ValueT]:
-        """Each rank's value, in rank order."""
-        if self.group is None:
-            return [value]
-        found: list[ValueT] = [value] * self.world_size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        """Each rank's value, in rank order. Raises RankFailed on all of them where one ran out of memory."""
+        found: list[ValueT | _OutOfMemory] = [value] * self.world_size
+        if self.group is not None:
+            dist.all_gather_object(found, value, group=self.group)
+        full = [one.rank for one in found if isinstance(one, _OutOfMemory)]
+        if full:
+            of = f" of rank {', '.join(map(str, full))}" if self.world_size > 1 else ""
+            raise RankFailed(f"does not fit the memory{of}")
+        return [one for one in found if not isinstance(one, _OutOfMemory)]
+
+    @contextlib.contextmanager
+    def together(self, what: str, *, leave: Callable[[int], object] = os._exit) -> Iterator[None]:
+        """What is done in here ends with an exchange: RankFailed on every rank where one ran out of memory.
+
+        The others hear of it at their next exchange. If they wait for this rank within a step instead, there
+        is no way back: after PATIENCE_S it says so in one line and leaves with 2, and the launcher ends them.
+        what: the trial, for that line.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            with self._patient(what, leave):
+                self.gather(_OutOfMemory(self.rank))
+        self.gather(None)
+
+    @contextlib.contextmanager
+    def _patient(self, what: str, leave: Callable[[int], object]) -> Iterator[None]:
+        def give_up() -> None:
+            line = (
+                f"linerate: error: {what} does not fit the memory of rank {self.rank}, and other ranks wait "
+                "for it in a step; free that rank's memory, or tune with a smaller --micro-batch"
+            )
+            print(line, file=sys.stderr, flush=True)
+            leave(2)
+
+        timer = threading.Timer(PATIENCE_S, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def agree(self, value: ValueT) -> ValueT:
         """Rank 0's value."""
@@ -54,6 +111,7 @@ class Ranks:
     def meet(self) -> None:
         """Wait for each other, device included, so that all clocks start together."""
         synchronize()
+        self.gather(None)
         if self.group is not None:
             dist.barrier(self.group)
 

@@ -283,6 +283,49 @@ def test_a_switch_that_cannot_be_had_or_fails_is_not_timed(
     assert (trial.kept, trial.ratio, trial.why) == (False, None, "off: the recording failed: no")
 
 
+def test_a_candidate_out_of_memory_is_skipped_and_the_next_one_tried(
+    catalog: Catalog, clock: Any, monkeypatch: pytest.MonkeyPatch
+):
+    clock(lambda c: 0.5 if c.speed.prefetch == 4 else 1.0)
+
+    def refusal(best: TrainConfig, other: TrainConfig, *_: Any, **__: Any) -> str | None:
+        if other.speed.prefetch == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return None
+
+    few = (("prefetch", "run", (1, 4)),)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: iter(few))
+    monkeypatch.setattr(tuning, "_refusal", refusal)
+    found = tune(config(), catalog, budget_s=1.0)
+    assert [(trial.value, trial.kept) for trial in found.trials] == [(1, False), (4, True)]
+    assert found.trials[0].why == "does not fit the memory"
+    assert found.speed.prefetch == 4
+
+
+def test_no_rank_begins_a_step_while_another_has_no_room_for_it(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU: by count this rank has room, the other one has not."""
+    begun: list[int | None] = []
+
+    class Begun:
+        close = first_losses = lambda *_: None
+
+        def __init__(self, c: TrainConfig, *_: Any) -> None:
+            begun.append(c.speed.micro_batch)
+
+    small = dataclasses.replace(config(), bn=dataclasses.replace(config().bn, bn_group=2))
+    refused = iter(["needs more"])
+    other = Beside(0, 2, other=lambda value: next(refused, None) if value is None else value)
+    monkeypatch.setattr(tuning, "Stages", Begun)
+    monkeypatch.setattr(tuning, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    fitted, trials = tuning._fitting(small, catalog, lambda _: None, ranks=other)
+    assert [trial.why for trial in trials] == ["needs more"]
+    assert fitted.speed.micro_batch == 4
+    assert begun == [4]
+
+
 def test_two_ranks_tune_together_and_find_the_same(catalog: Catalog, tmp_path: Path):
     out = tmp_path / "profile.json"
     words = ["demo", "--shards", str(catalog.root), "--out", str(out), "--minutes", "0.001", *FLAGS]
