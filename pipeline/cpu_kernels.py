@@ -311,6 +311,22 @@ def _pointer(context, address):
     return types.voidptr(address), codegen
 
 
+ROOM_BYTES = 1 << 30
+"""Of `dali_kernels.make_room`."""
+
+
+@cfunc("void(uint64, uint64, int32, uint64, uint64, int32, int32)", cache=True)
+def set_room_shape(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, num_samples):
+    """As `set_output_shapes`, of one sample of ROOM_BYTES."""
+    outputs = carray(_pointer(out_shapes), (num_outs, num_samples), np.uint64)
+    carray(_pointer(outputs[0, 0]), 1, np.int64)[0] = ROOM_BYTES
+
+
+@cfunc("void(uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)", cache=True)
+def touch_nothing(outs, out_shapes, out_ndims, num_outs, ins, in_shapes, in_ndims, num_ins):
+    """Memory that is not written is none."""
+
+
 @cfunc("void(uint64, uint64, int32, uint64, uint64, int32, int32)", cache=True)
 def set_output_shapes(out_shapes, out_ndims, num_outs, in_shapes, in_ndims, num_ins, num_samples):
     """DALI's call for a batch: one byte a sample, since the view goes elsewhere.

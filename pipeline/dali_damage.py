@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +69,7 @@ def undecodable(batch: EncodedBatch, rows: list[int], reason: str) -> Undecodabl
 
 
 def _reason(message: str) -> str:
-    """DALI's own words on what went wrong, without the traceback of the graph that it prints around them."""
+    """DALI's own words on what went wrong, without the traceback and the row that stand around them."""
     text = message.partition("encountered:")[2] or message
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    text = re.sub(r"Failed to decode sample #\d+ *:|Current pipeline object is no longer valid\.", "", text)
+    return next((line.strip() for line in text.splitlines() if line.strip()), "DALI's decoder refuses it")

@@ -112,11 +112,16 @@ class DaliPixels:
                 one = fed.popleft()
                 assert isinstance(one, _Fed)
                 yield self.to_device(one.views or made), origin_of(one.batch)
-            # Only here: after an error, or with batches on their way through it, it is not used again.
             self._idle = pipeline
+        except GeneratorExit:
+            if pipeline.drain():
+                self._idle = pipeline
+            raise
+        except BaseException:
+            # After an error it is not used again.
+            pipeline.drain()
+            raise
         finally:
-            if fed:
-                pipeline.drain()
             pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
@@ -256,6 +261,10 @@ class _Pipeline:
         num_threads: int,
         prefetch: int,
     ) -> None:
+        if form == "kernels":
+            from linerate.pipeline.dali_kernels import make_room
+
+            make_room()
         feed = self._feed = _Feed()
         self._prefetch = prefetch
         self._graph = views_graph(
@@ -278,16 +287,20 @@ class _Pipeline:
     def run(self, **stream: Any) -> Any:
         return self._graph.run(**stream)
 
-    def drain(self) -> None:
-        """Come back when nothing that was fed is read or written any more; it is not for use afterwards."""
+    def drain(self) -> bool:
+        """Come back when nothing that was fed is read or written any more; whether it can be started anew."""
+        if self._graph._pipe is None:  # DALI ends its pipelines before the interpreter ends its generators
+            return False
         self._feed.at_hand = iter(())
+        whole = True
         for _ in range(1 + self._prefetch):
             try:
                 self._graph.run()
             except StopIteration:
-                return
+                return whole
             except RuntimeError:  # the batch that the caller has heard of, or one behind it
-                continue
+                whole = False
+        return False
 
 
 class _Feed:

@@ -11,7 +11,7 @@ from linerate.pipeline.order import EpochOrder, Ints
 from linerate.pipeline.reader import ShardReader
 from linerate.pipeline.shuffle_quality import measured_steps, shuffle_quality
 from linerate.shards.catalog import Catalog
-from linerate.shards.errors import show_bytes
+from linerate.shards.errors import UserError, show_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def rank_shares(order: EpochOrder, *, shard_sizes: Ints, shard_bytes: Ints, worl
 
     shard_sizes, shard_bytes: (S,) samples and bytes of each shard.
     """
+    if world_size < 1:
+        raise UserError(f"world_size={world_size} must be 1 or more")
     shares = []
     num_readers = np.zeros(len(shard_sizes), dtype=np.int64)
     for rank in range(world_size):

@@ -73,7 +73,8 @@ def require_one_batch(global_batch: int, *, num_images: int) -> None:
     if num_images < global_batch:
         raise UserError(
             f"{num_images:,} images do not fill one global_batch={global_batch}; give a --global-batch of at "
-            f"most {num_images:,} (with --scale-lr or --lr), or pack more images"
+            f"most {num_images:,} (with --scale-lr or --lr, and a --bn-group that divides it twice), or pack "
+            "more images"
         )
 
 

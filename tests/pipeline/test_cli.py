@@ -91,6 +91,7 @@ def test_parity_beyond_a_bound_exits_with_1(catalog, capsys, monkeypatch):
         (["v2", "--epoch", "-1"], "--epoch is -1, at least 0 is needed"),
         (["v2", "--order", "--global-batch", "99"], "41 samples do not fill one global_batch=99"),
         (["v2", "--order", "--global-batch", "8", "--world-size", "3"], "world_size=3 does not divide"),
+        (["v2", "--order", "--global-batch", "8", "--world-size", "0"], "world_size=0 must be 1 or more"),
         (["v2", "--parity", "--device", "gpu"], "no device `gpu`"),
         (["v2", "--epoch"], "see `linerate views --help`"),
     ],

@@ -1,18 +1,24 @@
 """Memory for views that goes from batch to batch, and bytes that DALI reads in place."""
 
+import json
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tests.pipeline.encoded_samples import image_fetch
+from tests.pipeline.encoded_samples import cut, image_fetch
 
-from linerate.pipeline.dali_views import DaliViews
+from linerate.pipeline.dali_views import DaliViews, _Pipeline
 from linerate.pipeline.encoded import EncodedBatch
 from linerate.pipeline.recipe import find_recipe
+from linerate.pipeline.undecodable import UndecodableImages
 from linerate.pipeline.view_memory import ViewMemory, as_tensor, places
 
 SIZE = 24
@@ -78,6 +84,11 @@ def jpegs(make_sample: Any) -> list[bytes]:
     return [make_sample(i, height=200 + 3 * i, width=290 - 2 * i).jpeg for i in range(24)]
 
 
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    return os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+
+
 def backend() -> DaliViews:
     recipe = find_recipe("v2", size=SIZE)
     return DaliViews(recipe=recipe, seed=5, batch=2, device="cpu", num_threads=2, prefetch=3)
@@ -108,3 +119,66 @@ def test_what_is_in_the_making_is_over_before_its_memory_is_let_go(
     assert len(let_go) == 2 * 3  # the batch that came out, and two behind it
     list(views.run(image_fetch(large, 2), range(2), epoch=0))
     assert all((block == 123).all() for block in let_go[:6])
+
+
+def test_an_epoch_left_early_leaves_its_pipeline_for_the_next_but_one_that_failed_does_not(
+    jpegs: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[_Pipeline] = []
+    init = _Pipeline.__init__
+
+    def spy(pipeline: _Pipeline, **options: Any) -> None:
+        built.append(pipeline)
+        init(pipeline, **options)
+
+    monkeypatch.setattr(_Pipeline, "__init__", spy)
+    views, fetch = backend(), image_fetch(jpegs, 2)
+    whole = [batch.query.clone() for batch in views.run(fetch, range(12), epoch=0)]
+    for _ in range(3):
+        run = views.run(fetch, range(12), epoch=1)
+        next(run)
+        run.close()
+    assert all(map(torch.equal, (one.query for one in views.run(fetch, range(12), epoch=0)), whole))
+    assert len(built) == 1
+    with pytest.raises(UndecodableImages, match="DALI's decoder refuses it"):
+        list(views.run(image_fetch(cut(jpegs, 4), 2), range(12), epoch=0))
+    assert all(map(torch.equal, (one.query for one in views.run(fetch, range(12), epoch=0)), whole))
+    assert len(built) == 2
+
+
+def test_the_pools_room_is_addresses_and_no_memory() -> None:
+    script = """
+import json
+from linerate.bench.suites.views_memory import status_bytes
+from linerate.pipeline import cpu_kernels
+from linerate.pipeline.dali_kernels import make_room
+from linerate.pipeline.dali_damage import undecodable_rows
+undecodable_rows([])
+before = status_bytes("VmSize"), status_bytes("VmRSS")
+make_room()
+after = status_bytes("VmSize"), status_bytes("VmRSS")
+print(json.dumps([now - then for now, then in zip(after, before)] + [cpu_kernels.ROOM_BYTES]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, env=environment())
+    addresses, memory, room = json.loads(done.stdout)
+    assert addresses >= room
+    assert memory < room // 16
+
+
+def test_an_epoch_that_is_open_when_the_process_ends_says_nothing(tmp_path: Path, jpegs: list[bytes]) -> None:
+    (tmp_path / "one.jpg").write_bytes(jpegs[0])
+    script = """
+import sys
+from pathlib import Path
+from tests.pipeline.encoded_samples import cut, image_fetch
+from linerate.pipeline.dali_views import DaliViews
+from linerate.pipeline.recipe import find_recipe
+fetch = image_fetch([Path(sys.argv[1]).read_bytes()] * 12, 2)
+views = DaliViews(recipe=find_recipe("v2", size=8), seed=0, batch=2, device="cpu", num_threads=1, prefetch=2)
+run = views.run(fetch, range(6), epoch=0)
+next(run)
+sys.exit(3)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "one.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (3, "")
