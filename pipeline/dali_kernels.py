@@ -46,10 +46,8 @@ def make_view(image: Any, draws: Any, place: Any) -> Any:
 def make_room() -> None:
     """Have DALI's pool take its memory in one piece, once a process: addresses, which are free until used.
 
-    Otherwise it grows piece by piece, and what lies on the border of two serves no image. Peaks in MiB of 684
-    photos of up to 6 MP in batches of 32, 8 epochs: 1071 growing to 1106 and 1137; in one piece 1030 growing
-    to 1045 and 1055, as the largest batch of an epoch grows by chance. Where addresses are limited (ulimit
-    -v), it grows piece by piece all the same.
+    Otherwise it grows piece by piece, and what lies on the border of two serves no image. Where addresses are
+    limited (ulimit -v), it does so all the same.
     """
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)

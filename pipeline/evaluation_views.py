@@ -82,7 +82,7 @@ def open_images(
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
     if backend == "dali":
-        # DALI holds whole decoded images of two or three batches, Pillow one a thread.
+        # DALI holds whole decoded images of one or two batches, Pillow one a thread.
         batch = batch_within(batch, decoded_bytes=3 * catalog.max_height * catalog.max_width)
     wanted = np.arange(catalog.num_samples) if positions is None else np.asarray(positions, dtype=np.int64)
     batches = np.split(wanted, range(batch, len(wanted), batch)) if len(wanted) else []
